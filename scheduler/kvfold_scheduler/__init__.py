@@ -1,0 +1,1 @@
+"""Policy and bookkeeping of kvfold: pure, standard library only."""

@@ -1,0 +1,1 @@
+"""The server of kvfold: everything with IO."""

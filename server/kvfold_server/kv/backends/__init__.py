@@ -1,0 +1,1 @@
+"""Attention backends: one interface, and one file for each backend."""
