@@ -1,0 +1,12 @@
+"""The attention backends by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvfold_server.kv.backends.reference import ReferenceBackend
+
+if TYPE_CHECKING:
+    from kvfold_server.kv.backends.base import AttentionBackend
+
+BACKENDS: dict[str, type[AttentionBackend]] = {backend.name: backend for backend in (ReferenceBackend,)}
