@@ -1,0 +1,62 @@
+# Two commands matter: `make demo` and `make test`. Both install what they need into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types imports proto tests docs clean
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/.demo ## Stream answers from the real server at several sharing depths
+	@$(BIN)/kvfold demo
+
+test: lint types imports proto tests ## Lint, types, import rules, proto lint, tests
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+imports: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+proto: $(VENV)/.dev
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+
+tests: $(VENV)/.dev
+	$(BIN)/pytest
+
+format: $(VENV)/.dev ## Format the code and sort the imports
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/buf format --write
+
+docs: $(VENV)/.dev ## Write docs/api.md from the proto files
+	$(BIN)/python docs/api_generator.py
+
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) generated build dist
+
+# torch comes first and pinned: without the pin, pip takes the newest build for other hardware, several gigabytes of it.
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "kvfold needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "The venv module is missing; on Debian or Ubuntu: apt install python3-venv"; exit 1; }
+	@touch $@
+
+INPUTS := pyproject.toml constraints.txt hatch_build.py $(wildcard proto/kvfold/*/*.proto proto/kvfold/*/*/*.proto)
+
+$(VENV)/.demo: $(VENV)/.python $(INPUTS)
+	$(PIP) install --constraint constraints.txt --editable '.[server]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.python $(INPUTS)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.demo
