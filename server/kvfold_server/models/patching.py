@@ -1,0 +1,48 @@
+"""Patching a transformers model without touching its forward."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvfold_server.models.attention import ATTENTION_NAME, BINDING, LayerBinding
+from kvfold_server.models.errors import UnsupportedModelError
+from kvfold_server.models.facades import install_facades
+from kvfold_server.models.patched import PatchedModel
+from kvfold_server.models.probe import probe_model
+from kvfold_server.models.self_check import SelfCheck
+from kvfold_server.models.step_context import StepContext
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+def patch_model(model: PreTrainedModel) -> PatchedModel:
+    """Probes, patches and checks a model, in place. It computes steps from then on and can be called in no other way.
+
+    Raises UnsupportedModelError, with the reason, if the model cannot be served or its steps do not compute what its
+    own forward did; the model is of no use then.
+    """
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError("the model computes the logits of all positions, always (no logits_to_keep)")
+    probe = probe_model(model)
+    check = SelfCheck(model, probe.geometry)
+    context = StepContext(probe.geometry.layer_count)
+    without_facade = []
+    for index, layer in enumerate(probe.layers):
+        binding = LayerBinding(index, layer.kind.window, context)
+        setattr(layer.attention, BINDING, binding)
+        if not install_facades(layer, binding):
+            without_facade.append(index)
+    if without_facade:
+        logger.warning("layers %s project K and V of all rows: the layout of their weights is unknown", without_facade)
+    model.set_attn_implementation(ATTENTION_NAME)
+    patched = PatchedModel(model, probe.geometry, context, tuple(without_facade))
+    with torch.inference_mode():
+        check.run(patched)
+    return patched

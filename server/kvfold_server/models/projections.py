@@ -1,0 +1,128 @@
+"""Projection facades: one fused GEMM for Q, K and V, and none for the K and V that no sequence of the batch owns.
+
+A facade takes the place of a projection and returns what the model's own code expects of it, always N rows. Rows of K
+and V that no owner needs are not computed: their memory is uninitialised, whatever follows (norms, RoPE) works on
+them in vain, and nothing reads them.
+
+    separate       q_proj, k_proj, v_proj     [Q], [K], [V]
+    concatenated   qkv_proj, c_attn           [Q | K | V]
+    interleaved    query_key_value            [Q K V of head 0 | Q K V of head 1 | ...]
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvfold_server.models.attention import LayerBinding
+
+SLICED_ROWS = 128
+"""From this many sharers' rows on, K and V are projected for the owners' rows alone. Two GEMMs cost more than one
+until the rows that they leave out weigh more than starting a second one."""
+
+
+class QkvProjection(nn.Module):
+    """The weights of a layer's Q, K and V projections as one matrix [q + k + v, hidden], and who needs which rows.
+
+    `forward` maps hidden states [1, N, hidden] to Q [1, N, q], K [1, N, k] and V [1, N, v] of the step in progress.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, widths: list[int], binding: LayerBinding
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.widths = widths
+        self.binding = binding
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Projects all rows, or leaves out K and V of those after the owners."""
+        layer, context = self.binding.layer, self.binding.context
+        rows = hidden.shape[1]
+        owned = context.active.batch.owner_tokens[layer]
+        query_width, key_width, value_width = self.widths
+        context.query_rows[layer] += rows
+        if owned == rows or (owned > 0 and rows - owned < SLICED_ROWS):
+            context.key_value_rows[layer] += rows
+            query, key, value = torch.split(self._project(hidden, 0, sum(self.widths)), self.widths, dim=-1)
+            return query, key, value
+        context.key_value_rows[layer] += owned
+        query = self._project(hidden, 0, query_width)
+        key_value = hidden.new_empty(1, rows, key_width + value_width)
+        if owned > 0:
+            key_value[:, :owned] = self._project(hidden[:, :owned], query_width, sum(self.widths))
+        key, value = torch.split(key_value, [key_width, value_width], dim=-1)
+        return query, key, value
+
+    def _project(self, hidden: torch.Tensor, first: int, stop: int) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias[first:stop]
+        return functional.linear(hidden, self.weight[first:stop], bias)
+
+
+class SeparateParts:
+    """Hands out Q, K and V of one projection, one call each, in any order, computing them with the first."""
+
+    def __init__(self, projection: QkvProjection) -> None:
+        self._projection = projection
+        self._hidden: torch.Tensor | None = None
+        self._parts: list[torch.Tensor | None] = [None, None, None]
+
+    def taker(self, part: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What stands for part 0 (Q), 1 (K) or 2 (V): maps hidden states [1, N, hidden] to that part."""
+        return partial(self._take, part)
+
+    def _take(self, part: int, hidden: torch.Tensor) -> torch.Tensor:
+        result = self._parts[part]
+        if result is None or hidden is not self._hidden:
+            self._parts[:] = self._projection(hidden)
+            self._hidden = hidden
+            result = cast("torch.Tensor", self._parts[part])
+        self._parts[part] = None
+        if all(other is None for other in self._parts):
+            self._hidden = None
+        return result
+
+
+class ProjectionFacade(nn.Module):
+    """Stands where a projection stood and computes by other means; holds no weights of its own."""
+
+    def __init__(self, compute: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self._compute = compute
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the projection would have returned for hidden [1, N, in]: [1, N, out]."""
+        return self._compute(hidden)
+
+
+class FusedLayout(Enum):
+    """How one projection's output holds Q, K and V: side by side, or head by head."""
+
+    CONCATENATED = "concatenated"
+    INTERLEAVED = "interleaved"
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Whether a module is a plain matrix product with a bias or none, whose weights a facade can take over."""
+    return type(module) in {nn.Linear, Conv1D}
+
+
+def layout_of(output: torch.Tensor, value: torch.Tensor) -> FusedLayout | None:
+    """Finds V [kv_heads, value_dim] of a token in a fused projection's output [width] for it; None if it is not
+    there."""
+    kv_heads, value_dim = value.shape
+    if torch.equal(output[-value.numel() :].view(kv_heads, value_dim), value):
+        return FusedLayout.CONCATENATED
+    if output.shape[0] % (3 * kv_heads) == 0 and torch.equal(output.view(kv_heads, -1)[:, -value_dim:], value):
+        return FusedLayout.INTERLEAVED
+    return None
