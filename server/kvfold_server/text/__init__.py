@@ -1,0 +1,4 @@
+"""Between text and tokens: tokenizing, chat templates, incremental detokenizing, stop strings.
+
+No torch, no transformers.
+"""
