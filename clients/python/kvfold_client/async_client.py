@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import grpc.aio
+
 from kvfold.v1 import generation_pb2
 from kvfold.v1.generation_pb2_grpc import GenerationServiceStub
 from kvfold.v1.memory_pb2_grpc import MemoryServiceStub
 from kvfold.v1.model_pb2_grpc import ModelServiceStub
-
 from kvfold_client import requests, responses
 from kvfold_client.channel import DEFAULT_TIMEOUT_SECONDS, Tls, call_arguments, channel_options
 from kvfold_client.errors import error_of

@@ -45,7 +45,7 @@ class GenerationOptions(CallOptions, total=False):
 
     What is returned beside the text:
 
-    - `logprobs`, `prompt_logprobs`: log-probabilities of the answer's and the prompt's tokens, with so many alternatives.
+    - `logprobs`, `prompt_logprobs`: log-probabilities in the answer and the prompt, with this many alternatives.
     - `skip_special_tokens`: leave marks such as end-of-turn out of the text; default true.
 
     For a chat:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from kvfold.v1 import generation_pb2, memory_pb2, model_pb2
-
 from kvfold_client.options import CallOptions, GenerationOptions
 from kvfold_client.prompt import ChatMessage
 

@@ -9,7 +9,6 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from kvfold.v1 import generation_pb2, memory_pb2, model_pb2
-
 from kvfold_client.generation import (
     FinishInfo,
     FinishReason,

@@ -55,6 +55,9 @@ class AsyncStream(Generic[Item]):
         """Cancels the call if it still runs; the iteration ends. May be called again."""
         self._call.cancel()
 
+    def __del__(self) -> None:
+        self._call.cancel()  # grpc.aio keeps references to a running call, so that it would go on unseen
+
 
 class Stream(Generic[Item]):
     """The same for synchronous code: an iterator, ended by `with`, `close` or the loss of its last reference."""

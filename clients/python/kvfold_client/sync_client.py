@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
+
 from kvfold.v1 import generation_pb2
 from kvfold.v1.generation_pb2_grpc import GenerationServiceStub
 from kvfold.v1.memory_pb2_grpc import MemoryServiceStub
 from kvfold.v1.model_pb2_grpc import ModelServiceStub
-
 from kvfold_client import requests, responses
 from kvfold_client.channel import DEFAULT_TIMEOUT_SECONDS, Tls, call_arguments, channel_options
 from kvfold_client.errors import error_of
