@@ -17,8 +17,9 @@ MIN_TOKENS_PER_BLOCK = 16
 class LayerKind:
     """What layers must have in common to share KV.
 
-    `window` is the width of a sliding window in tokens (a token at position p sees p-window+1..p), None for full attention.
-    `rope` names the position encoding of the layer's keys; layers with different bases or none have different names.
+    `window` is the width of a sliding window in tokens (a token at position p sees p-window+1..p), None for full
+    attention. `rope` names the position encoding of the layer's keys; layers with different bases or none have
+    different names.
     """
 
     window: int | None
@@ -38,7 +39,7 @@ class CacheGeometry:
     """The layers of a model from the embedding upward, and the bytes of one value of the model's own data type.
 
     All layers take the same number of bytes a token, so that one arena of constant-byte layer-blocks serves them all.
-    Raises ValueError otherwise.
+    Raises ValueError otherwise, and for a window narrower than one token.
     """
 
     layers: tuple[LayerKind, ...]
@@ -49,6 +50,8 @@ class CacheGeometry:
             raise ValueError("a model needs at least one layer")
         if len({(kind.kv_heads, kind.key_dim, kind.value_dim) for kind in self.layers}) > 1:
             raise ValueError("the layers differ in KV heads or head dimensions; one arena serves one geometry")
+        if any(kind.window is not None and kind.window < 1 for kind in self.layers):
+            raise ValueError("a sliding window is at least one token wide: a token sees itself")
 
     @property
     def layer_count(self) -> int:

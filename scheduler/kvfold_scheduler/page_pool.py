@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
-from typing import NewType
+from typing import TYPE_CHECKING, NewType
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 BlockId = NewType("BlockId", int)
 """The number of a layer-block in the arena. 0 is the padding block: never allocated, its bytes are zero."""
@@ -60,7 +62,7 @@ class PagePool:
             self._readers[block] += 1
 
     def release(self, blocks: Iterable[int]) -> list[int]:
-        """Removes a reader from each block and returns those that became free. Raises PoolCorruptionError for a free one."""
+        """Removes a reader from each block and returns those that became free. One without is a PoolCorruptionError."""
         freed = []
         for block in blocks:
             readers = self._readers[block] - 1
@@ -87,7 +89,7 @@ class PagePool:
         for block in range(1, self.block_count + 1):
             if expected[block] != self._readers[block]:
                 raise PoolCorruptionError(
-                    f"block {block} has {self._readers[block]} readers in the ledger and {expected[block]} in the tables"
+                    f"block {block} has {self._readers[block]} readers in the ledger, {expected[block]} in the tables"
                 )
         if self._readers[PADDING_BLOCK] != 0:
             raise PoolCorruptionError("the padding block has a reader")

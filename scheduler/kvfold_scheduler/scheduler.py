@@ -1,21 +1,20 @@
-"""The scheduler: which sequences run, how many tokens of each a step computes, and who gives way when blocks run out."""
+"""The scheduler: who runs, how many tokens of each a step computes, and who gives way when blocks run out."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from kvfold_scheduler.block_tables import BlockTables
+from kvfold_scheduler.layer_groups import blocks_at_most, layer_groups
 from kvfold_scheduler.page_pool import PagePool, PoolCorruptionError
 from kvfold_scheduler.sequence import FinishReason, Sequence, SequenceId, SequenceReport, SequenceRequest, SequenceState
-from kvfold_scheduler.sequence_cache import SequenceCache, blocks_at_most
-from kvfold_scheduler.step_plan import Chunk, SequenceFinished, StepPlan, StepResult
+from kvfold_scheduler.sequence_cache import SequenceCache
+from kvfold_scheduler.step_plan import Chunk, SequenceFinished, StepDraft, StepPlan, StepResult
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from kvfold_scheduler.geometry import CacheGeometry
     from kvfold_scheduler.sharing import SharingPlan
 
@@ -64,8 +63,13 @@ class PoolUse:
 class Scheduler:
     """Owns the pool's ledger, the block tables and all sequences. Not thread-safe: the engine loop is its only caller.
 
-    The step: `plan = step()`, the runner computes it, `events = commit(plan, result)`. Between `step` and `commit` nothing else
-    may be called but `fail`. A plan that is never committed changes nothing but reserved blocks, which their sequences keep.
+    The step: `plan = step()`, the runner computes it, `events = commit(plan, result)`. Between `step` and `commit`
+    sequences may end (`cancel`, `fail`), and a plan may be committed in parts (`StepPlan.subset`). What is not
+    committed is planned again by the next `step`, on the blocks that it already has.
+
+    Sequences run and wait in the order of arrival: all that run arrived before all that wait. The first one advances
+    in every step, whatever the others do, so each sequence ends within as many steps as it and those before it have
+    tokens.
     """
 
     def __init__(
@@ -83,9 +87,10 @@ class Scheduler:
         self.context_length = context_length
         self.pool = PagePool(block_count)
         self.tables = BlockTables(limits.max_running, geometry.layer_count, geometry.blocks_for(context_length))
+        self._groups = tuple(layer_groups(geometry, plan, depth) for depth in range(plan.max_depth + 1))
         self._sequences: dict[SequenceId, Sequence] = {}
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self._waiting: OrderedDict[SequenceId, Sequence] = OrderedDict()
+        self._running: dict[SequenceId, Sequence] = {}
 
     @property
     def has_work(self) -> bool:
@@ -94,8 +99,7 @@ class Scheduler:
 
     def blocks_needed(self, request: SequenceRequest) -> int:
         """The most blocks that a request holds at any time if it generates all its tokens."""
-        tokens = request.prompt_tokens + request.max_new_tokens
-        return blocks_at_most(self.geometry, self.plan, request.shared_layers, tokens, self.limits.step_tokens)
+        return self._blocks_at_most(request, request.final_tokens, self.limits.step_tokens)
 
     def add(self, request: SequenceRequest) -> Admission:
         """Takes a new sequence, or says why not. Raises ValueError for an id in use or numbers out of range."""
@@ -113,7 +117,7 @@ class Scheduler:
             return Admission.QUEUE_FULL
         sequence = Sequence(request)
         self._sequences[request.sequence_id] = sequence
-        self._waiting.append(sequence)
+        self._waiting[request.sequence_id] = sequence
         return Admission.WAITING
 
     def cancel(self, sequence_id: SequenceId) -> SequenceFinished | None:
@@ -127,57 +131,60 @@ class Scheduler:
     def step(self) -> StepPlan:
         """Chooses what to compute next and reserves the blocks for it.
 
-        Running sequences come first, one token each for those that decode; what is left of the token budget goes to prompts, in
-        the order of arrival. If blocks run out, the sequence that arrived last gives way: its blocks are freed and it waits
-        to be computed again.
+        Running sequences come first, one token each for those that decode; what is left of the token budget goes to
+        prompts, in the order of arrival. If blocks run out, the sequence that arrived last gives way: its blocks are
+        freed and it waits to be computed again.
         """
-        chunks: dict[SequenceId, Chunk] = {}
-        budget = self.limits.step_tokens
-        decoding = [sequence for sequence in self._running if sequence.state is SequenceState.DECODE]
-        for sequence in decoding:
-            if sequence.state is SequenceState.DECODE and self._reserve(sequence, sequence.known_tokens, chunks):
-                chunks[sequence.request.sequence_id] = self._chunk(sequence, 1)
-                budget -= 1
-        for sequence in [sequence for sequence in self._running if sequence.state is SequenceState.PREFILL]:
-            budget -= self._plan_prefill(sequence, budget, chunks)
-        while self._waiting and budget > 0 and self._has_room(self._waiting[0]):
-            sequence = self._waiting.popleft()
-            self._start(sequence)
-            budget -= self._plan_prefill(sequence, budget, chunks)
-        return StepPlan(tuple(sorted(chunks.values(), key=lambda chunk: chunk.depth)))
+        draft = StepDraft(self.limits.step_tokens)
+        running = list(self._running.values())
+        for sequence in running:
+            if sequence.state is SequenceState.DECODE:
+                self._plan_chunk(sequence, draft)
+        for sequence in running:
+            if sequence.state is SequenceState.PREFILL:
+                self._plan_chunk(sequence, draft)
+        if self._waiting and self.tables.free_row_count > 0 and draft.budget > 0:
+            self._admit(draft)
+        return draft.plan()
 
     def commit(self, plan: StepPlan, result: StepResult) -> tuple[SequenceFinished, ...]:
-        """Accounts for a computed plan: lengths grow, sequences end, blocks that left a window are freed."""
+        """Accounts for a computed plan: lengths grow, sequences end, blocks that left a window are freed.
+
+        Chunks of sequences that have ended since the plan was made are passed over. Raises ValueError, and changes
+        nothing, if a chunk was committed before or its sequence has been preempted since.
+        """
+        chunks = [
+            (chunk, self._sequences[chunk.sequence_id]) for chunk in plan.chunks if chunk.sequence_id in self._sequences
+        ]
+        for chunk, sequence in chunks:
+            cache = sequence.cache
+            if cache is None or cache.row != chunk.row or sequence.computed_tokens != chunk.start:
+                raise ValueError(f"the plan for sequence {chunk.sequence_id} is out of date")
         events: list[SequenceFinished] = []
-        for chunk in plan.chunks:
-            sequence = self._sequences[chunk.sequence_id]
-            sequence.computed_tokens = chunk.start + chunk.count
+        for chunk, sequence in chunks:
+            sequence.advance(chunk.count)
             if chunk.samples:
-                sequence.generated_tokens += 1
-                if sequence.state is SequenceState.PREFILL:
-                    sequence.move_to(SequenceState.DECODE)
-                reason = self._finish_reason(sequence, result)
+                sequence.accept_token()
+                reason = sequence.finish_reason(stopped=chunk.sequence_id in result.stopped)
                 if reason is not None:
                     event = self._end(chunk.sequence_id, reason)
                     if event is not None:
                         events.append(event)
                     continue
-            if sequence.cache is not None:
-                sequence.cache.drop_outside_windows(sequence.computed_tokens)
+            sequence.running_cache.drop_outside_windows(sequence.computed_tokens)
         return tuple(events)
 
     def use(self) -> PoolUse:
         """How the pool is used now."""
-        blocks = {SequenceState.PREFILL: 0, SequenceState.DECODE: 0}
-        tokens = 0
-        for sequence in self._running:
-            if sequence.cache is not None:
-                blocks[sequence.state] += sequence.cache.held_bytes // self.geometry.block_bytes
-                tokens += sequence.computed_tokens
+        tokens = prefill_blocks = 0
+        for sequence in self._running.values():
+            tokens += sequence.computed_tokens
+            if sequence.state is SequenceState.PREFILL:
+                prefill_blocks += sequence.running_cache.held_blocks
         return PoolUse(
             free_blocks=self.pool.free_count,
-            prefill_blocks=blocks[SequenceState.PREFILL],
-            decode_blocks=blocks[SequenceState.DECODE],
+            prefill_blocks=prefill_blocks,
+            decode_blocks=self.pool.held_count - prefill_blocks,
             running=len(self._running),
             waiting=len(self._waiting),
             kv_bytes_full=tokens * self.geometry.bytes_per_token,
@@ -185,134 +192,93 @@ class Scheduler:
 
     def report(self, sequence_id: SequenceId) -> SequenceReport:
         """The KV bytes of a sequence that has not finished. Raises KeyError."""
-        return self._report(self._sequences[sequence_id])
+        return self._sequences[sequence_id].report(self.geometry)
 
     def check_integrity(self) -> None:
         """Recomputes the ledger from the tables. Raises PoolCorruptionError if anything contradicts."""
-        caches = [sequence.cache for sequence in self._running if sequence.cache is not None]
+        for sequence in self._sequences.values():
+            sequence.check_integrity()
+        caches = [sequence.running_cache for sequence in self._running.values()]
         self.pool.check_integrity([cache.blocks() for cache in caches])
+        self.tables.check_integrity(sum(cache.held_blocks for cache in caches))
         if len({cache.row for cache in caches}) != len(caches):
             raise PoolCorruptionError("two sequences occupy one row")
         if self.tables.free_row_count + len(caches) != self.tables.row_count:
             raise PoolCorruptionError("a row is neither free nor occupied")
-        if set(self._sequences.values()) != {*self._running, *self._waiting}:
-            raise PoolCorruptionError("a sequence is neither running nor waiting")
-        for sequence in self._waiting:
-            if sequence.cache is not None:
-                raise PoolCorruptionError("a waiting sequence holds blocks")
-        named = self.tables.row_count * self.tables.layer_count * self.tables.blocks_per_layer
-        if not caches and named <= MAX_ENTRIES_TO_SCAN and any(self.tables.entries):
-            raise PoolCorruptionError("a table names a block although no sequence runs")
+        if list(self._sequences) != [*self._running, *self._waiting]:
+            raise PoolCorruptionError("the sequences do not run and wait in the order of their arrival")
 
-    def _chunk(self, sequence: Sequence, count: int) -> Chunk:
-        cache = _cache_of(sequence)
+    def _plan_chunk(self, sequence: Sequence, draft: StepDraft) -> None:
+        """Adds the next tokens of a running sequence, as far as the budget reaches, unless it has to give way."""
         start = sequence.computed_tokens
-        return Chunk(
-            sequence_id=sequence.request.sequence_id,
-            row=cache.row,
-            depth=cache.depth,
-            start=start,
-            count=count,
-            samples=start + count == sequence.known_tokens,
-        )
+        count = min(draft.budget, sequence.known_tokens - start)
+        if count <= 0 or not self._reserve(sequence, start + count, draft):
+            return
+        cache = sequence.running_cache
+        samples = start + count == sequence.known_tokens
+        draft.add(Chunk(sequence.request.sequence_id, cache.row, cache.depth, start, count, samples))
 
-    def _plan_prefill(self, sequence: Sequence, budget: int, chunks: dict[SequenceId, Chunk]) -> int:
-        """Adds the next chunk of a prompt and returns its tokens; 0 if there is no budget or no blocks."""
-        if sequence.state is not SequenceState.PREFILL:
-            return 0
-        count = min(budget, sequence.known_tokens - sequence.computed_tokens)
-        if count <= 0 or not self._reserve(sequence, sequence.computed_tokens + count, chunks):
-            return 0
-        chunks[sequence.request.sequence_id] = self._chunk(sequence, count)
-        return count
+    def _admit(self, draft: StepDraft) -> None:
+        """Starts waiting sequences, first come first served, while rows, tokens and blocks last.
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence can start: a row, and blocks for its known tokens beside what others need next."""
-        if self.tables.free_row_count == 0:
-            return False
-        needed = blocks_at_most(
-            self.geometry,
-            self.plan,
-            sequence.request.shared_layers,
-            sequence.known_tokens + 1,
-            self.limits.step_tokens,
-        )
-        promised = sum(
-            _cache_of(other).blocks_to_grow(other.known_tokens + 1)
-            for other in self._running
-            if other.state is SequenceState.PREFILL
-        )
-        return needed + promised <= self.pool.free_count
+        One starts only if all that run, and it itself, can then go on for a block of tokens without anybody giving
+        way: a prompt is not computed just to be dropped in the next steps.
+        """
+        spare: int | None = None
+        while self._waiting and self.tables.free_row_count > 0 and draft.budget > 0:
+            sequence = next(iter(self._waiting.values()))
+            needed = self._blocks_soon(sequence)
+            if needed > self.pool.free_count:
+                return
+            if spare is None:
+                spare = self.pool.free_count - sum(self._blocks_promised(other) for other in self._running.values())
+            if needed > spare:
+                return
+            spare -= needed
+            self._start(sequence)
+            self._plan_chunk(sequence, draft)
+
+    def _blocks_soon(self, sequence: Sequence) -> int:
+        """The most blocks that a sequence holds at any time until it is a block of tokens longer than now."""
+        tokens = min(sequence.known_tokens + self.geometry.tokens_per_block, sequence.request.final_tokens)
+        chunk_tokens = 1 if sequence.state is SequenceState.DECODE else self.limits.step_tokens
+        return self._blocks_at_most(sequence.request, tokens, chunk_tokens)
+
+    def _blocks_promised(self, sequence: Sequence) -> int:
+        """Free blocks that a running sequence may soon take."""
+        return max(0, self._blocks_soon(sequence) - sequence.running_cache.held_blocks)
+
+    def _blocks_at_most(self, request: SequenceRequest, tokens: int, chunk_tokens: int) -> int:
+        return blocks_at_most(self.geometry, self._groups[request.shared_layers], tokens, chunk_tokens)
 
     def _start(self, sequence: Sequence) -> None:
-        sequence.cache = SequenceCache(
-            self.geometry, self.plan, self.pool, self.tables, sequence.request.shared_layers
-        )
-        sequence.move_to(SequenceState.PREFILL)
-        self._running.append(sequence)
+        del self._waiting[sequence.request.sequence_id]
+        depth = sequence.request.shared_layers
+        sequence.start(SequenceCache(self.geometry, self.plan, self.pool, self.tables, depth))
+        self._running[sequence.request.sequence_id] = sequence
 
-    def _reserve(self, sequence: Sequence, tokens: int, chunks: dict[SequenceId, Chunk]) -> bool:
+    def _reserve(self, sequence: Sequence, tokens: int, draft: StepDraft) -> bool:
         """Reserves blocks, preempting from the last arrival down; False if the sequence itself had to give way."""
-        while not _cache_of(sequence).grow(tokens):
-            victim = self._running[-1]
+        while not sequence.running_cache.grow(tokens):
+            victim = next(reversed(self._running.values()))
             self._preempt(victim)
-            chunks.pop(victim.request.sequence_id, None)
+            draft.discard(victim.request.sequence_id)
             if victim is sequence:
                 return False
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._release(sequence)
-        self._running.remove(sequence)
-        sequence.move_to(SequenceState.WAITING)
-        sequence.computed_tokens = 0
-        sequence.preemptions += 1
-        self._waiting.appendleft(sequence)
-
-    def _finish_reason(self, sequence: Sequence, result: StepResult) -> FinishReason | None:
-        if sequence.request.sequence_id in result.stopped:
-            return FinishReason.STOPPED
-        if sequence.generated_tokens >= sequence.request.max_new_tokens:
-            return FinishReason.LENGTH
-        return None
+        sequence_id = sequence.request.sequence_id
+        sequence.give_way()
+        del self._running[sequence_id]
+        self._waiting[sequence_id] = sequence
+        self._waiting.move_to_end(sequence_id, last=False)
 
     def _end(self, sequence_id: SequenceId, reason: FinishReason) -> SequenceFinished | None:
         sequence = self._sequences.pop(sequence_id, None)
         if sequence is None:
             return None
-        report = self._report(sequence)
-        _discard(self._running if sequence.cache is not None else self._waiting, sequence)
-        self._release(sequence)
-        sequence.move_to(SequenceState.FINISHED)
+        report = sequence.report(self.geometry)
+        del (self._waiting if sequence.state is SequenceState.WAITING else self._running)[sequence_id]
+        sequence.finish()
         return SequenceFinished(sequence_id, reason, report)
-
-    def _release(self, sequence: Sequence) -> None:
-        if sequence.cache is not None:
-            sequence.peak_bytes = max(sequence.peak_bytes, sequence.cache.held_peak_bytes)
-            sequence.cache.release()
-            sequence.cache = None
-
-    def _report(self, sequence: Sequence) -> SequenceReport:
-        cache = sequence.cache
-        return SequenceReport(
-            shared_layers=sequence.request.shared_layers,
-            kv_bytes_held=cache.held_bytes if cache is not None else 0,
-            kv_bytes_full=sequence.computed_tokens * self.geometry.bytes_per_token,
-            kv_bytes_held_peak=max(sequence.peak_bytes, cache.held_peak_bytes if cache is not None else 0),
-            preemptions=sequence.preemptions,
-        )
-
-
-MAX_ENTRIES_TO_SCAN = 1 << 20
-"""Above this, an integrity check does not read every entry of the tables: it would commit their memory."""
-
-
-def _cache_of(sequence: Sequence) -> SequenceCache:
-    if sequence.cache is None:
-        raise PoolCorruptionError(f"sequence {sequence.request.sequence_id} runs without a cache")
-    return sequence.cache
-
-
-def _discard(sequences: Iterable[Sequence], sequence: Sequence) -> None:
-    if isinstance(sequences, list | deque):
-        sequences.remove(sequence)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvfold_scheduler.layer_groups import layer_groups
+from kvfold_scheduler.page_pool import PADDING_BLOCK, PoolCorruptionError
+
 if TYPE_CHECKING:
     from kvfold_scheduler.block_tables import BlockTables, Row
     from kvfold_scheduler.geometry import CacheGeometry
@@ -14,8 +17,8 @@ if TYPE_CHECKING:
 class SequenceCache:
     """Holds a row of the block tables and the blocks of each layer that is an owner at `depth`.
 
-    All owner layers have the same number of table entries in use. A sliding layer's leading entries are empty once their
-    tokens have left its window.
+    Entries [first, entries) of a layer's table name blocks. `entries` is the same for all owner layers; `first` is
+    above 0 in the layers of a sliding group once their oldest tokens have left the window.
     """
 
     def __init__(
@@ -25,13 +28,20 @@ class SequenceCache:
         self._pool = pool
         self._tables = tables
         self.depth = depth
-        self._owners = plan.owners(depth)
-        self._sliding = tuple(layer for layer in self._owners if geometry.layers[layer].window is not None)
+        self._owner_count = len(plan.owners(depth))
+        self._groups = layer_groups(geometry, plan, depth)
         self.row: Row = tables.open_row()
         self._entries = 0
-        self._dropped = dict.fromkeys(self._sliding, 0)
+        self._first = [0] * len(self._groups)
+        self._sliding = tuple(index for index, group in enumerate(self._groups) if group.window is not None)
         self._held = 0
         self._held_peak = 0
+        self._released = False
+
+    @property
+    def held_blocks(self) -> int:
+        """The blocks that the sequence holds now."""
+        return self._held
 
     @property
     def held_bytes(self) -> int:
@@ -43,25 +53,36 @@ class SequenceCache:
         """The most bytes that it held at any time."""
         return self._held_peak * self._geometry.block_bytes
 
+    @property
+    def token_capacity(self) -> int:
+        """Tokens for which blocks are reserved; more of them need `grow`."""
+        return self._entries * self._geometry.tokens_per_block
+
     def blocks_to_grow(self, tokens: int) -> int:
         """How many more blocks are needed to hold `tokens` tokens."""
-        return max(0, self._geometry.blocks_for(tokens) - self._entries) * len(self._owners)
+        return max(0, self._geometry.blocks_for(tokens) - self._entries) * self._owner_count
 
     def grow(self, tokens: int) -> bool:
-        """Reserves blocks for `tokens` tokens in all owner layers; False, and nothing changes, if the pool lacks them."""
+        """Reserves blocks for `tokens` tokens in all owner layers; False, and nothing changes, if the pool lacks them.
+
+        Raises ValueError if the tables are too short for so many tokens.
+        """
         entries = self._geometry.blocks_for(tokens)
-        if entries <= self._entries:
+        more = entries - self._entries
+        if more <= 0:
             return True
-        blocks = self._pool.allocate((entries - self._entries) * len(self._owners))
+        if entries > self._tables.blocks_per_layer:
+            raise ValueError(
+                f"{tokens} tokens need {entries} blocks a layer; the tables have {self._tables.blocks_per_layer}"
+            )
+        blocks = self._pool.allocate(more * self._owner_count)
         if blocks is None:
             return False
-        table = self._tables.entries
         taken = 0
-        for layer in self._owners:
-            start = self._tables.start(self.row, layer)
-            for index in range(self._entries, entries):
-                table[start + index] = blocks[taken]
-                taken += 1
+        for group in self._groups:
+            for layer in group.layers:
+                self._tables.fill(self.row, layer, self._entries, blocks[taken : taken + more])
+                taken += more
         self._entries = entries
         self._held += taken
         self._held_peak = max(self._held_peak, self._held)
@@ -69,42 +90,39 @@ class SequenceCache:
 
     def drop_outside_windows(self, position: int) -> None:
         """Frees the blocks of sliding layers that no token from `position` onward can see."""
-        for layer in self._sliding:
-            window = self._geometry.layers[layer].window
-            if window is None:
-                continue
-            first_visible = max(0, position - window + 1)
-            stop = min(first_visible // self._geometry.tokens_per_block, self._entries)
-            if stop > self._dropped[layer]:
-                blocks = self._tables.clear(self.row, layer, self._dropped[layer], stop)
-                self._pool.release(blocks)
-                self._held -= len(blocks)
-                self._dropped[layer] = stop
+        for index in self._sliding:
+            group = self._groups[index]
+            stop = min(group.first_visible(position) // self._geometry.tokens_per_block, self._entries)
+            if stop > self._first[index]:
+                for layer in group.layers:
+                    blocks = self._tables.clear(self.row, layer, self._first[index], stop)
+                    self._pool.release(blocks)
+                    self._held -= len(blocks)
+                self._first[index] = stop
 
     def release(self) -> None:
-        """Gives all blocks and the row back."""
-        for layer in self._owners:
-            self._pool.release(self._tables.clear(self.row, layer, self._dropped.get(layer, 0), self._entries))
-        self._entries = 0
-        self._held = 0
+        """Gives all blocks and the row back. Raises PoolCorruptionError on a second call: they may be another's."""
+        if self._released:
+            raise PoolCorruptionError(f"the sequence that was in row {self.row} was released twice")
+        for first, group in zip(self._first, self._groups, strict=True):
+            for layer in group.layers:
+                self._pool.release(self._tables.clear(self.row, layer, first, self._entries))
         self._tables.close_row(self.row)
+        self._held = 0
+        self._released = True
 
     def blocks(self) -> list[int]:
         """Every block that the sequence holds."""
         held: list[int] = []
-        for layer in self._owners:
-            start = self._tables.start(self.row, layer)
-            held.extend(self._tables.entries[start + self._dropped.get(layer, 0) : start + self._entries])
+        for first, group in zip(self._first, self._groups, strict=True):
+            for layer in group.layers:
+                held.extend(self._tables.named(self.row, layer, first, self._entries))
         return held
 
-
-def blocks_at_most(geometry: CacheGeometry, plan: SharingPlan, depth: int, tokens: int, chunk_tokens: int) -> int:
-    """The most blocks that a sequence of `tokens` tokens holds at any time, computed in chunks of at most `chunk_tokens`."""
-    total = 0
-    for layer in plan.owners(depth):
-        window = geometry.layers[layer].window
-        blocks = geometry.blocks_for(tokens)
-        if window is not None:
-            blocks = min(blocks, geometry.blocks_for(window - 1 + chunk_tokens) + 1)
-        total += blocks
-    return total
+    def check_integrity(self) -> None:
+        """Raises PoolCorruptionError if the tables do not name as many blocks as the sequence believes to hold."""
+        blocks = self.blocks()
+        if len(blocks) != self._held:
+            raise PoolCorruptionError(f"row {self.row} believes to hold {self._held} blocks, its tables {len(blocks)}")
+        if PADDING_BLOCK in blocks:
+            raise PoolCorruptionError(f"row {self.row} has no block for tokens that can be read")

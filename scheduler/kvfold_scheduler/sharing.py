@@ -1,4 +1,4 @@
-"""Sharing plans: which layers read another layer's KV, in one nested order (KVSharer, arXiv:2410.18517, made nested)."""
+"""Sharing plans: which layers read another's KV, in one nested order (KVSharer, arXiv:2410.18517, made nested)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class SharingEntry:
 class SharingPlan:
     """A nested order of sharing entries for a model of `layer_count` layers; depth n shares the first n.
 
-    Rules: a layer shares once; an owner lies below its sharer; an owner of any entry is never a sharer, so that raising the
-    depth of a running sequence only drops layers. Raises InvalidPlanError.
+    Rules: a layer shares once; an owner lies below its sharer; an owner of any entry is never a sharer, so that
+    raising the depth of a running sequence only drops layers. Raises InvalidPlanError.
     """
 
     layer_count: int
@@ -83,7 +83,7 @@ class SharingPlan:
         return tuple(depths)
 
     def check_kinds(self, geometry: CacheGeometry) -> None:
-        """Raises InvalidPlanError if an entry joins layers of different kinds, or the model has another number of layers."""
+        """Raises InvalidPlanError if an entry joins layers of different kinds, or the model is of another height."""
         if geometry.layer_count != self.layer_count:
             raise InvalidPlanError(f"the plan is for {self.layer_count} layers, the model has {geometry.layer_count}")
         for entry in self.entries:

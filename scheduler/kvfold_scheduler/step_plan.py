@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Chunk:
     """Tokens [start, start + count) of a sequence, to be computed in this step.
 
-    The blocks for them are reserved in the tables of `row`. If `samples`, the chunk ends at the last known token and the next
-    one is chosen from its logits.
+    The blocks for them are reserved in the tables of `row`. If `samples`, the chunk ends at the last known token and
+    the next one is chosen from its logits.
     """
 
     sequence_id: SequenceId
@@ -30,7 +30,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One batch. `chunks` are ordered by depth, ascending, so that at each layer the owners are a prefix of the tokens."""
+    """One batch. `chunks` are ordered by depth, ascending: at each layer the owners are a prefix of the tokens."""
 
     chunks: tuple[Chunk, ...]
 
@@ -42,6 +42,29 @@ class StepPlan:
     def subset(self, sequence_ids: Collection[SequenceId]) -> StepPlan:
         """The same plan for some of its sequences; their blocks stay reserved."""
         return StepPlan(tuple(chunk for chunk in self.chunks if chunk.sequence_id in sequence_ids))
+
+
+class StepDraft:
+    """A plan in the making: chunks under a budget of tokens."""
+
+    def __init__(self, token_budget: int) -> None:
+        self._chunks: dict[SequenceId, Chunk] = {}
+        self.budget = token_budget
+
+    def add(self, chunk: Chunk) -> None:
+        """Adds a chunk, and charges its tokens."""
+        self._chunks[chunk.sequence_id] = chunk
+        self.budget -= chunk.count
+
+    def discard(self, sequence_id: SequenceId) -> None:
+        """Takes the chunk of a sequence out again, if it has one, and gives its tokens back to the budget."""
+        chunk = self._chunks.pop(sequence_id, None)
+        if chunk is not None:
+            self.budget += chunk.count
+
+    def plan(self) -> StepPlan:
+        """The finished plan."""
+        return StepPlan(tuple(sorted(self._chunks.values(), key=lambda chunk: chunk.depth)))
 
 
 @dataclass(frozen=True, slots=True)
