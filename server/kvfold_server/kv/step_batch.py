@@ -29,7 +29,7 @@ class StepBatch:
     B sequences, N tokens, L layers. Python tuples hold what decides shapes and control flow; tensors hold what is indexed with.
 
     - `positions` [N]: the position of each token in its sequence.
-    - `rows` [B]: each sequence's row in the block tables.
+    - `rows` [B]: each sequence's row in the block tables; on the host, where the tables are.
     - `query_starts` (B + 1 ints): sequence b's tokens are [query_starts[b], query_starts[b + 1]).
     - `kv_lengths` (B ints): tokens of the sequence in the cache once this step has written its own.
     - `owner_tokens` (L ints): how many of the first tokens belong to sequences that own the layer.
@@ -61,7 +61,7 @@ def make_step_batch(plan: StepPlan, sharing: SharingPlan, device: torch.device) 
     return StepBatch(
         token_count=starts[-1],
         positions=positions.to(device),
-        rows=torch.tensor([chunk.row for chunk in chunks], device=device),
+        rows=torch.tensor([chunk.row for chunk in chunks]),
         query_starts=starts,
         kv_lengths=tuple(chunk.start + chunk.count for chunk in chunks),
         owner_tokens=owner_tokens,

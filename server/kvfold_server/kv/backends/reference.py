@@ -48,6 +48,11 @@ class ReferenceBackend(AttentionBackend):
     def begin(self, batch: StepBatch) -> None:
         """Groups the sequences: all that decode together, every longer chunk alone."""
         self._batch = batch
+        device = batch.positions.device
+        tokens_per_block = self.arena.geometry.tokens_per_block
+        used = self.arena.geometry.blocks_for(max(batch.kv_lengths))
+        # The first token row of each block [B, L, blocks]: the part of the tables that this step reads, on the device.
+        self._block_rows = self.tables[batch.rows, :, :used].long().to(device) * tokens_per_block
         counts = [stop - start for start, stop in zip(batch.query_starts, batch.query_starts[1:], strict=False)]
         decoding = [member for member, count in enumerate(counts) if count == 1]
         groups = [decoding] if decoding else []
@@ -55,15 +60,12 @@ class ReferenceBackend(AttentionBackend):
         self._groups = [self._group(batch, members, counts[members[0]]) for members in groups]
 
         # Where each token of the batch is written, layer by layer: its sequence, and its block and offset there.
-        sequences = torch.repeat_interleave(
-            torch.arange(len(counts), device=batch.rows.device), torch.tensor(counts, device=batch.rows.device)
-        )
-        self._token_rows = batch.rows[sequences]
-        self._token_blocks = batch.positions // self.arena.geometry.tokens_per_block
-        self._token_offsets = batch.positions % self.arena.geometry.tokens_per_block
+        self._token_sequences = torch.repeat_interleave(torch.tensor(counts)).to(device)
+        self._token_blocks = batch.positions // tokens_per_block
+        self._token_offsets = batch.positions % tokens_per_block
 
     def _group(self, batch: StepBatch, members: Sequence[int], queries: int) -> _Group:
-        device = batch.rows.device
+        device = batch.positions.device
         index = torch.tensor(members, device=device)
         lengths = torch.tensor([batch.kv_lengths[member] for member in members], device=device)
         slots = torch.arange(max(batch.kv_lengths[member] for member in members), device=device)
@@ -85,9 +87,8 @@ class ReferenceBackend(AttentionBackend):
         count = batch.owner_tokens[layer]
         if count == 0:
             return
-        blocks = self.tables[self._token_rows[:count], layer, self._token_blocks[:count]]
-        rows = blocks.long() * self.arena.geometry.tokens_per_block + self._token_offsets[:count]
-        self.arena.rows[rows] = torch.cat((key[:count].flatten(1), value[:count].flatten(1)), dim=1)
+        blocks = self._block_rows[self._token_sequences[:count], layer, self._token_blocks[:count]]
+        self.arena.rows[blocks + self._token_offsets[:count]] = torch.cat((key[:count].flatten(1), value[:count].flatten(1)), dim=1)
 
     def attend(self, call: AttentionCall, query: torch.Tensor) -> torch.Tensor:
         """Attends group by group."""
@@ -124,8 +125,7 @@ class ReferenceBackend(AttentionBackend):
         geometry = self.arena.geometry
         kind = geometry.layers[layer]
         size, length = group.slots.shape
-        tables = self.tables[batch.rows[group.members], batch.sources[layer][group.members]]
-        blocks = tables[:, : geometry.blocks_for(length)].long() * geometry.tokens_per_block
+        blocks = self._block_rows[group.members, batch.sources[layer][group.members], : geometry.blocks_for(length)]
         offsets = torch.arange(geometry.tokens_per_block, device=blocks.device)
         rows = (blocks[:, :, None] + offsets).flatten(1)[:, :length] * group.in_cache
         if self._buffer.shape[0] < size * length:

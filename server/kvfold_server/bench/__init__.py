@@ -1,0 +1,1 @@
+"""Measuring speed: the engine alone, transformers beside it, and the server under load."""

@@ -1,0 +1,51 @@
+"""Several subjects on the same workloads, in turn, so that a machine whose speed drifts favours none."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvfold_server.bench.measurement import median_run
+
+if TYPE_CHECKING:
+    from kvfold_server.bench.measurement import Measurement, Workload
+
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Something that can run a workload. `vocabulary_size` bounds the random tokens of its prompts."""
+
+    run: Callable[[Workload, Prompts], Measurement]
+    vocabulary_size: int
+
+
+def alternate(
+    subjects: Sequence[Subject], workloads: Sequence[Workload], repeats: int, report: Callable[[str], None]
+) -> list[Measurement]:
+    """The median run of each subject on each workload, after one warm-up each. All subjects get the same prompts."""
+    source = random.Random(0)  # noqa: S311 - prompts, not secrets
+    vocabulary = min(subject.vocabulary_size for subject in subjects)
+
+    def prompts(workload: Workload) -> Prompts:
+        return [source.choices(range(vocabulary), k=workload.prompt_tokens) for _ in range(workload.batch)]
+
+    for subject in subjects:
+        subject.run(workloads[0], prompts(workloads[0]))
+    medians = []
+    for workload in workloads:
+        runs: dict[int, list[Measurement]] = {index: [] for index in range(len(subjects))}
+        for repeat in range(repeats):
+            shared = prompts(workload)
+            for index, subject in enumerate(subjects):
+                measurement = subject.run(workload, shared)
+                runs[index].append(measurement)
+                report(
+                    f"{measurement.name}, {workload.batch} requests, run {repeat + 1} of {repeats}: "
+                    f"{measurement.tokens_per_second:.1f} tokens/s"
+                )
+        medians.extend(median_run(found) for found in runs.values())
+    return medians

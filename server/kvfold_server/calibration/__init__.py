@@ -1,0 +1,1 @@
+"""Measuring what folding costs, and the text to measure it on."""

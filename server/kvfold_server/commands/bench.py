@@ -1,0 +1,98 @@
+"""Measure speed: the engine alone, transformers' generate, and a server under load, in turn."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from kvfold_server.commands.engine_arguments import CommandError, add_engine_arguments, engine_options, reporting_errors
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+    from kvfold_server.bench.measurement import Measurement, Workload
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    add_engine_arguments(parser)
+    parser.add_argument("--batches", default="1,8,32,64", metavar="N,N,...", help="requests at once (1,8,32,64)")
+    parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="tokens of each prompt (128)")
+    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="tokens that each request generates (64)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each, in turn; medians are shown (3)")
+    parser.add_argument(
+        "--only", action="append", choices=("engine", "generate", "grpc"), help="measure only this; may be repeated"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+@reporting_errors
+def run(arguments: argparse.Namespace) -> int:
+    """Measures and prints."""
+    workloads = _workloads(arguments)
+    options = engine_options(arguments)
+    wanted = arguments.only or ["engine", "generate", "grpc"]
+
+    from contextlib import ExitStack
+
+    from kvfold_server.bench.comparison import Subject, alternate
+    from kvfold_server.bench.subjects import engine_subject, generate_subject, grpc_subject
+
+    makers = {"engine": engine_subject, "generate": generate_subject, "grpc": grpc_subject}
+    with ExitStack() as stack:
+        subjects: list[Subject] = [makers[name](options, stack) for name in wanted]
+        measurements = alternate(subjects, workloads, arguments.repeats, lambda line: sys.stderr.write(line + "\n"))
+    if arguments.json:
+        sys.stdout.write(json.dumps({"runs": [_as_json(measurement) for measurement in measurements]}, indent=2) + "\n")
+    else:
+        _print_table(measurements)
+    return 0
+
+
+def _workloads(arguments: argparse.Namespace) -> list[Workload]:
+    from kvfold_server.bench.measurement import Workload
+
+    try:
+        batches = [int(part) for part in arguments.batches.split(",")]
+    except ValueError:
+        raise CommandError(f"--batches is a list of numbers such as 1,8,32, not {arguments.batches}") from None
+    if min([*batches, arguments.prompt_tokens, arguments.new_tokens, arguments.repeats]) < 1:
+        raise CommandError("--batches, --prompt-tokens, --new-tokens and --repeats are at least 1")
+    return [Workload(batch, arguments.prompt_tokens, arguments.new_tokens) for batch in batches]
+
+
+def _as_json(measurement: Measurement) -> dict[str, object]:
+    return {
+        "name": measurement.name,
+        "batch": measurement.workload.batch,
+        "prompt_tokens": measurement.workload.prompt_tokens,
+        "new_tokens": measurement.workload.new_tokens,
+        "tokens_per_second": measurement.tokens_per_second,
+        "ttft_p50_s": measurement.ttft_p50_s,
+        "itl_p50_s": measurement.itl_p50_s,
+        "itl_p99_s": measurement.itl_p99_s,
+    }
+
+
+def _print_table(measurements: Sequence[Measurement]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Generated tokens per second (medians)")
+    for heading in ("", "requests", "prompt + new", "tokens/s", "first token p50", "between tokens p50", "p99"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for measurement in measurements:
+        workload = measurement.workload
+        table.add_row(
+            measurement.name,
+            str(workload.batch),
+            f"{workload.prompt_tokens} + {workload.new_tokens}",
+            f"{measurement.tokens_per_second:.1f}",
+            *(
+                "" if seconds is None else f"{seconds * 1000:,.0f} ms"
+                for seconds in (measurement.ttft_p50_s, measurement.itl_p50_s, measurement.itl_p99_s)
+            ),
+        )
+    Console().print(table)

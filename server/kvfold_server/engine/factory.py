@@ -1,0 +1,94 @@
+"""Builds an engine from its options."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvfold_scheduler.scheduler import Scheduler, SchedulerLimits
+from kvfold_scheduler.sharing import SharingPlan
+from kvfold_server.engine.core import EngineCore
+from kvfold_server.engine.memory_size import default_kv_bytes
+from kvfold_server.engine.runner import Runner
+from kvfold_server.generation.model_info import ModelInfo
+from kvfold_server.kv.arena import Arena
+from kvfold_server.kv.backends.registry import BACKENDS
+from kvfold_server.models.loading import DTYPES, load_patched_model
+from kvfold_server.models.source import resolve_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kvfold_server.engine.options import EngineOptions
+    from kvfold_server.models.patched import PatchedModel
+
+logger = logging.getLogger(__name__)
+
+
+class EngineOptionsError(ValueError):
+    """An option asks for something that is not there; the message says which, in words for an operator."""
+
+
+def build_engine(options: EngineOptions) -> EngineCore:
+    """Loads the model and builds its engine. Takes seconds; the first time, a model may be fetched and converted.
+
+    Raises EngineOptionsError, ModelSourceError, UnsupportedModelError or PlanMismatchError, all with words for an operator.
+    """
+    if options.dtype not in DTYPES:
+        raise EngineOptionsError(f"dtype is one of {', '.join(DTYPES)}, not {options.dtype}")
+    if options.attention_backend not in BACKENDS:
+        raise EngineOptionsError(f"the attention backend is one of {', '.join(BACKENDS)}, not {options.attention_backend}")
+    device = choose_device(options.device)
+    folder = resolve_model(options.model)
+    model = load_patched_model(folder, DTYPES[options.dtype], device)
+    return assemble_engine(model, folder, SharingPlan(model.geometry.layer_count), options)
+
+
+def assemble_engine(model: PatchedModel, folder: Path, plan: SharingPlan, options: EngineOptions) -> EngineCore:
+    """An engine for a model that is loaded already, with a pool of its own."""
+    geometry = model.geometry
+    full_bytes = options.max_running * geometry.blocks_for(model.context_length) * geometry.layer_count * geometry.block_bytes
+    kv_bytes = options.kv_memory_bytes or min(full_bytes, default_kv_bytes(model.device))
+    block_count = kv_bytes // geometry.block_bytes
+    if block_count < geometry.layer_count:
+        raise EngineOptionsError(
+            f"a KV memory of {kv_bytes:,} bytes holds {block_count} layer-blocks; {geometry.layer_count} layers need at least one each"
+        )
+    limits = SchedulerLimits(options.max_running, options.max_waiting, options.step_tokens)
+    scheduler = Scheduler(geometry, plan, block_count, model.context_length, limits)
+    arena = Arena(geometry, block_count, model.dtype, model.device)
+    tables = torch.frombuffer(scheduler.tables.entries, dtype=torch.int32).view(
+        limits.max_running, geometry.layer_count, scheduler.tables.blocks_per_layer
+    )
+    backend = BACKENDS[options.attention_backend](arena, tables)
+    model.attach(backend)
+    info = ModelInfo(
+        architecture=model.architecture,
+        dtype=options.dtype,
+        context_length=model.context_length,
+        vocabulary_size=model.vocabulary_size,
+        geometry=geometry,
+        plan=plan,
+        plan_strategy="",
+        plan_quality=(),
+        attention_backend=backend.name,
+        eos_token_ids=model.eos_token_ids,
+        tokenizer_folder=folder,
+        pool_bytes=arena.byte_count,
+    )
+    return EngineCore(info, scheduler, Runner(model, plan, model.device))
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or the best at hand. Raises EngineOptionsError if it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise EngineOptionsError(f"{name} is not a device: {error}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EngineOptionsError("no CUDA device is at hand")
+    return device
