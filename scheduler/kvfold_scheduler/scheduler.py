@@ -12,9 +12,11 @@ from kvfold_scheduler.layer_groups import blocks_at_most, layer_groups
 from kvfold_scheduler.page_pool import PagePool, PoolCorruptionError
 from kvfold_scheduler.sequence import FinishReason, Sequence, SequenceId, SequenceReport, SequenceRequest, SequenceState
 from kvfold_scheduler.sequence_cache import SequenceCache
-from kvfold_scheduler.step_plan import Chunk, SequenceFinished, StepDraft, StepPlan, StepResult
+from kvfold_scheduler.step_plan import Chunk, SequenceFinished, StepPlan, StepResult
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kvfold_scheduler.geometry import CacheGeometry
     from kvfold_scheduler.sharing import SharingPlan
 
@@ -131,21 +133,23 @@ class Scheduler:
     def step(self) -> StepPlan:
         """Chooses what to compute next and reserves the blocks for it.
 
-        Running sequences come first, one token each for those that decode; what is left of the token budget goes to
-        prompts, in the order of arrival. If blocks run out, the sequence that arrived last gives way: its blocks are
-        freed and it waits to be computed again.
+        Each sequence that decodes gets one token. What is left of the token budget goes to prompts, in the order of
+        arrival. If blocks run out, the sequence that arrived last gives way: its blocks are freed and it waits to be
+        computed again.
         """
-        draft = StepDraft(self.limits.step_tokens)
+        chunks: list[Chunk] = []
         running = list(self._running.values())
+        budget = self.limits.step_tokens - sum(sequence.state is SequenceState.DECODE for sequence in running)
         for sequence in running:
-            if sequence.state is SequenceState.DECODE:
-                self._plan_chunk(sequence, draft)
-        for sequence in running:
-            if sequence.state is SequenceState.PREFILL:
-                self._plan_chunk(sequence, draft)
-        if self._waiting and self.tables.free_row_count > 0 and draft.budget > 0:
-            self._admit(draft)
-        return draft.plan()
+            if sequence.state is SequenceState.WAITING:
+                break  # it had to give way to one before it, and so had all that follow
+            prefill = sequence.state is SequenceState.PREFILL
+            chunk = self._plan_chunk(sequence, budget if prefill else 1)
+            if chunk is not None:
+                chunks.append(chunk)
+                budget -= chunk.count if prefill else 0
+        chunks.extend(self._admit(budget))
+        return StepPlan(tuple(sorted(chunks, key=lambda chunk: chunk.depth)))
 
     def commit(self, plan: StepPlan, result: StepResult) -> tuple[SequenceFinished, ...]:
         """Accounts for a computed plan: lengths grow, sequences end, blocks that left a window are freed.
@@ -208,24 +212,24 @@ class Scheduler:
         if list(self._sequences) != [*self._running, *self._waiting]:
             raise PoolCorruptionError("the sequences do not run and wait in the order of their arrival")
 
-    def _plan_chunk(self, sequence: Sequence, draft: StepDraft) -> None:
-        """Adds the next tokens of a running sequence, as far as the budget reaches, unless it has to give way."""
+    def _plan_chunk(self, sequence: Sequence, most: int) -> Chunk | None:
+        """The next tokens of a running sequence, at most `most`, with blocks reserved; None if there are none."""
         start = sequence.computed_tokens
-        count = min(draft.budget, sequence.known_tokens - start)
-        if count <= 0 or not self._reserve(sequence, start + count, draft):
-            return
+        count = min(most, sequence.known_tokens - start)
+        if count <= 0 or not self._reserve(sequence, start + count):
+            return None
         cache = sequence.running_cache
         samples = start + count == sequence.known_tokens
-        draft.add(Chunk(sequence.request.sequence_id, cache.row, cache.depth, start, count, samples))
+        return Chunk(sequence.request.sequence_id, cache.row, cache.depth, start, count, samples)
 
-    def _admit(self, draft: StepDraft) -> None:
+    def _admit(self, budget: int) -> Iterator[Chunk]:
         """Starts waiting sequences, first come first served, while rows, tokens and blocks last.
 
         One starts only if all that run, and it itself, can then go on for a block of tokens without anybody giving
         way: a prompt is not computed just to be dropped in the next steps.
         """
         spare: int | None = None
-        while self._waiting and self.tables.free_row_count > 0 and draft.budget > 0:
+        while self._waiting and self.tables.free_row_count > 0 and budget > 0:
             sequence = next(iter(self._waiting.values()))
             needed = self._blocks_soon(sequence)
             if needed > self.pool.free_count:
@@ -236,7 +240,10 @@ class Scheduler:
                 return
             spare -= needed
             self._start(sequence)
-            self._plan_chunk(sequence, draft)
+            chunk = self._plan_chunk(sequence, budget)
+            if chunk is not None:
+                budget -= chunk.count
+                yield chunk
 
     def _blocks_soon(self, sequence: Sequence) -> int:
         """The most blocks that a sequence holds at any time until it is a block of tokens longer than now."""
@@ -257,12 +264,14 @@ class Scheduler:
         sequence.start(SequenceCache(self.geometry, self.plan, self.pool, self.tables, depth))
         self._running[sequence.request.sequence_id] = sequence
 
-    def _reserve(self, sequence: Sequence, tokens: int, draft: StepDraft) -> bool:
-        """Reserves blocks, preempting from the last arrival down; False if the sequence itself had to give way."""
+    def _reserve(self, sequence: Sequence, tokens: int) -> bool:
+        """Reserves blocks, preempting from the last arrival down; False if the sequence itself had to give way.
+
+        Those that give way come after the sequence, so none of them has a chunk in this step yet.
+        """
         while not sequence.running_cache.grow(tokens):
             victim = next(reversed(self._running.values()))
             self._preempt(victim)
-            draft.discard(victim.request.sequence_id)
             if victim is sequence:
                 return False
         return True

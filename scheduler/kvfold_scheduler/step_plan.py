@@ -44,29 +44,6 @@ class StepPlan:
         return StepPlan(tuple(chunk for chunk in self.chunks if chunk.sequence_id in sequence_ids))
 
 
-class StepDraft:
-    """A plan in the making: chunks under a budget of tokens."""
-
-    def __init__(self, token_budget: int) -> None:
-        self._chunks: dict[SequenceId, Chunk] = {}
-        self.budget = token_budget
-
-    def add(self, chunk: Chunk) -> None:
-        """Adds a chunk, and charges its tokens."""
-        self._chunks[chunk.sequence_id] = chunk
-        self.budget -= chunk.count
-
-    def discard(self, sequence_id: SequenceId) -> None:
-        """Takes the chunk of a sequence out again, if it has one, and gives its tokens back to the budget."""
-        chunk = self._chunks.pop(sequence_id, None)
-        if chunk is not None:
-            self.budget += chunk.count
-
-    def plan(self) -> StepPlan:
-        """The finished plan."""
-        return StepPlan(tuple(sorted(self._chunks.values(), key=lambda chunk: chunk.depth)))
-
-
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What came of a plan: the sequences that chose a stop token. Every sampling chunk brought exactly one token."""
