@@ -1,0 +1,1 @@
+"""The `kvfold` command and those of its subcommands that are clients."""

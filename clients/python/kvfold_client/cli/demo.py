@@ -1,0 +1,198 @@
+"""Show what kvfold does: start a server, answer at several sharing depths, and compare memory, speed and quality."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from kvfold_client import AsyncClient, KvfoldError
+from kvfold_client.cli.answer_clock import AnswerClock
+from kvfold_client.cli.connection import explain
+from kvfold_client.cli.report import answer_text, bytes_text, share_text
+from kvfold_client.cli.server_process import ServerFailedError, ServerProcess
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+    from kvfold_client import ModelDescription
+
+_DEPTHS = (0, 4, 8)
+_QUESTION = "Why does the moon change its shape in the sky over a month? Answer in a few sentences."
+_CONCURRENT_QUESTIONS = (
+    "Why is the sea salty?",
+    "Name three uses of a pencil.",
+    "What is a rainbow?",
+    "How do bees make honey?",
+    "Describe autumn in two sentences.",
+    "What does a compass do?",
+    "Why do cats purr?",
+    "Explain gravity to a child.",
+    "What is the capital of France known for?",
+    "How is bread made?",
+    "Give me a tip for a good night's sleep.",
+    "What is photosynthesis?",
+    "Why do we have seasons?",
+    "Write one sentence about a lighthouse.",
+    "What is a prime number?",
+    "How does a bicycle stay upright?",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A row of the table at the end; bytes and tokens are sums over its requests, seconds are wall time."""
+
+    label: str
+    kv_bytes_held: int
+    kv_bytes_full: int
+    tokens: int
+    seconds: float
+    first_token_seconds: float
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    parser.add_argument("--model", default="default", help="what `kvfold serve --model` takes (default: %(default)s)")
+    parser.add_argument("--max-tokens", metavar="N", type=int, default=96, help="tokens per answer (default: 96)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the demo; returns 1 if the server does not start or a request fails."""
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # as with Ctrl-C, the server must be stopped before we go
+        signal.signal(ending, signal.default_int_handler)
+    console = Console(highlight=False)
+    console.print(f"[bold]Starting the server[/]  [dim]kvfold serve --model {arguments.model}[/]")
+    try:
+        with ServerProcess(["--model", arguments.model]) as server:
+            try:
+                asyncio.run(_show(server.address, arguments.max_tokens, console))
+            except KvfoldError as error:
+                print(f"kvfold demo: {explain(error, server.address)}", *server.last_lines, sep="\n", file=sys.stderr)
+                return 1
+    except ServerFailedError as error:
+        print(f"kvfold demo: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _show(address: str, max_tokens: int, console: Console) -> None:
+    async with AsyncClient(address) as client:
+        model = await client.get_model()
+        console.print(
+            f"Serving [bold]{model.name}[/] at {address}: {len(model.layers)} layers,"
+            f" {bytes_text(model.kv_bytes_per_token)} of KV a token, {model.dtype}\n"
+        )
+        deepest = len(model.plan.entries) if model.plan else 0
+        depths = [depth for depth in _DEPTHS if depth <= deepest]
+        if len(depths) < len(_DEPTHS):
+            console.print(f"[yellow]Its sharing plan has {deepest} entries; deeper sharing is left out.[/]\n")
+        await client.generate(_QUESTION, max_tokens=2)  # the first request of a fresh engine is slower than all others
+        console.print(f"[bold cyan]you[/]  {_QUESTION}")
+        rows = [await _stream_one(client, depth, max_tokens, console) for depth in depths]
+        rows.append(await _run_concurrently(client, depths, max_tokens, console))
+        console.print(_table(rows))
+        console.print(_closing(model, depths))
+
+
+async def _stream_one(client: AsyncClient, depth: int, max_tokens: int, console: Console) -> _Row:
+    console.print(f"\n[bold green]{_label(depth)}[/]")
+    clock = AnswerClock()
+    chat = [{"role": "user", "content": _QUESTION}]
+    async with client.stream(chat, shared_layers=depth, max_tokens=max_tokens, temperature=0) as stream:
+        async for chunk in stream:
+            clock.see(chunk)
+            console.out(chunk.text, end="", highlight=False)
+    console.print(f"\n[dim]{answer_text(clock)}[/]")
+    return _row(str(depth), [clock], clock.seconds)
+
+
+async def _run_concurrently(client: AsyncClient, depths: Sequence[int], max_tokens: int, console: Console) -> _Row:
+    count = len(_CONCURRENT_QUESTIONS)
+    mixed = ", ".join(str(depth) for depth in depths)
+    console.print(f"\n[bold]{count} requests at once, depths {mixed} in one batch[/]")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    whole = AnswerClock()
+    with Progress(*columns, console=console, transient=True) as progress:
+        tokens = progress.add_task("tokens", total=count * max_tokens)
+
+        async def one(question: str, depth: int) -> AnswerClock:
+            clock = AnswerClock()
+            chat = [{"role": "user", "content": question}]
+            async with client.stream(chat, shared_layers=depth, max_tokens=max_tokens, temperature=0) as stream:
+                async for chunk in stream:
+                    clock.see(chunk)
+                    whole.see(chunk)
+                    progress.advance(tokens, len(chunk.token_ids))
+            return clock
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(one(question, depths[index % len(depths)]))
+                for index, question in enumerate(_CONCURRENT_QUESTIONS)
+            ]
+    row = _row(f"{mixed} mixed ({count} at once)", [task.result() for task in tasks], whole.seconds)
+    console.print(f"[dim]{row.tokens} tokens in {row.seconds:.1f} s[/]\n")
+    return row
+
+
+def _row(label: str, clocks: Sequence[AnswerClock], seconds: float) -> _Row:
+    first_tokens = sorted(clock.first_token_seconds for clock in clocks)
+    return _Row(
+        label=label,
+        kv_bytes_held=sum(clock.finish.memory.kv_bytes_held for clock in clocks),
+        kv_bytes_full=sum(clock.finish.memory.kv_bytes_full for clock in clocks),
+        tokens=sum(clock.finish.usage.completion_tokens for clock in clocks),
+        seconds=seconds,
+        first_token_seconds=first_tokens[len(first_tokens) // 2],
+    )
+
+
+def _label(depth: int) -> str:
+    return "depth 0 (exact)" if depth == 0 else f"depth {depth} ({depth} layers read another layer's KV)"
+
+
+def _table(rows: Sequence[_Row]) -> Table:
+    table = Table()
+    table.add_column("depth", style="bold")
+    columns: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("KV bytes held", {}),
+        ("KV bytes at depth 0", {}),
+        ("bytes saved", {"style": "green"}),
+        ("tokens/s", {}),
+        ("time to first token", {}),
+    )
+    for name, style in columns:
+        table.add_column(name, justify="right", **style)
+    for row in rows:
+        saved = row.kv_bytes_full - row.kv_bytes_held
+        table.add_row(
+            row.label,
+            f"{row.kv_bytes_held:,}",
+            f"{row.kv_bytes_full:,}",
+            f"{saved:,} ({share_text(saved, row.kv_bytes_full)})",
+            f"{row.tokens / row.seconds:.1f}",
+            f"{row.first_token_seconds:.2f} s",
+        )
+    return table
+
+
+def _closing(model: ModelDescription, depths: Sequence[int]) -> str:
+    """What the depths cost, as measured when the plan was made."""
+    measured = {depth.shared_layers: depth for depth in model.plan.depths} if model.plan else {}
+    costs = [
+        f"{measured[depth].quality_cost:.0%} at depth {depth}" for depth in depths if depth > 0 and depth in measured
+    ]
+    if not costs:
+        return "What sharing costs in quality has not been measured for this model: `kvfold calibrate` does that."
+    return (
+        f"Sharing is not free: measured on text that the plan's search did not see, the model loses {' and '.join(costs)}"
+        " of its perplexity."
+    )
