@@ -31,6 +31,7 @@ HARMLESS_ARGUMENTS = frozenset(
         "position_ids",  # the batch holds them
         "output_attentions",
         "output_hidden_states",
+        "output_router_logits",
         "return_dict",
         "use_cache",
     }

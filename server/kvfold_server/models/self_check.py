@@ -85,7 +85,7 @@ class SelfCheck:
         geometry = patched.geometry
         width = max(geometry.blocks_for(len(prompt)) for prompt in self._prompts)
         blocks = len(self._prompts) * geometry.layer_count * width
-        tables = torch.arange(1, blocks + 1, dtype=torch.int32, device=patched.device)
+        tables = torch.arange(1, blocks + 1, dtype=torch.int32)
         arena = Arena(geometry, blocks, patched.dtype, patched.device)
         arena.fill(float("nan"))
         patched.attach(ReferenceBackend(arena, tables.view(len(self._prompts), geometry.layer_count, width)))
@@ -139,7 +139,7 @@ def _batch(spans: list[Span], sources: tuple[int, ...], *, skip: bool, device: t
     return StepBatch(
         token_count=starts[-1],
         positions=torch.cat([torch.arange(start, stop, device=device) for start, stop in spans]),
-        rows=torch.arange(len(spans), device=device),
+        rows=torch.arange(len(spans)),
         query_starts=tuple(starts),
         kv_lengths=tuple(stop for _, stop in spans),
         owner_tokens=owned,
