@@ -35,7 +35,7 @@ def alternate(
 
     for subject in subjects:
         subject.run(workloads[0], prompts(workloads[0]))
-    medians = []
+    medians: list[Measurement] = []
     for workload in workloads:
         runs: dict[int, list[Measurement]] = {index: [] for index in range(len(subjects))}
         for repeat in range(repeats):

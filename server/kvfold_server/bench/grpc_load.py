@@ -18,7 +18,8 @@ NAME = "kvfold-grpc"
 
 
 def run_grpc(address: str, model: str, workload: Workload, prompts: Sequence[Sequence[int]]) -> Measurement:
-    """Opens one stream a prompt at once on one channel, generates greedily to the full length, and times each token's arrival."""
+    """Opens one stream a prompt at once on one channel, generates greedily to the full length, and times each token's
+    arrival."""
     return asyncio.run(_run(address, model, workload, prompts))
 
 

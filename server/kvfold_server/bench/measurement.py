@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,9 +39,7 @@ class Measurement:
 
 def measured(name: str, workload: Workload, start: float, token_times: Sequence[Sequence[float]]) -> Measurement:
     """A measurement from the moments (of one clock) at which each request's tokens arrived."""
-    gaps = sorted(
-        later - earlier for times in token_times for earlier, later in zip(times, times[1:], strict=False)
-    )
+    gaps = sorted(later - earlier for times in token_times for earlier, later in pairwise(times))
     return Measurement(
         name=name,
         workload=workload,

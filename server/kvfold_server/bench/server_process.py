@@ -20,7 +20,8 @@ STARTUP_SECONDS = 300
 
 @contextmanager
 def running_server(arguments: Sequence[str]) -> Iterator[str]:
-    """Starts `kvfold serve` on a free port and yields its address; stops it at the end. Raises RuntimeError if it does not start."""
+    """Starts `kvfold serve` on a free port and yields its address; stops it at the end. Raises RuntimeError if it does
+    not start."""
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "ready.json"
         command = [sys.executable, "-m", "kvfold_server", *arguments, "--port", "0", "--ready-file", str(ready)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from transformers import AutoConfig
+
 from kvfold_server.bench.comparison import Prompts, Subject
 from kvfold_server.bench.engine_run import run_engine
 from kvfold_server.bench.grpc_load import run_grpc
@@ -45,7 +47,11 @@ def grpc_subject(options: EngineOptions, stack: ExitStack) -> Subject:
     """A server with an engine of the same options, streamed from over gRPC."""
     arguments = ["--model", f"bench={options.model}", "--dtype", options.dtype]
     arguments += ["--attention-backend", options.attention_backend]
-    for flag, value in (("--device", options.device), ("--plan", options.plan), ("--kv-memory", options.kv_memory_bytes)):
+    for flag, value in (
+        ("--device", options.device),
+        ("--plan", options.plan),
+        ("--kv-memory", options.kv_memory_bytes),
+    ):
         if value is not None:
             arguments += [flag, str(value)]
     address = stack.enter_context(running_server(arguments))
@@ -53,13 +59,5 @@ def grpc_subject(options: EngineOptions, stack: ExitStack) -> Subject:
     def run(workload: Workload, prompts: Prompts) -> Measurement:
         return run_grpc(address, "bench", workload, prompts)
 
-    config = load_vocabulary_size(options)
-    return Subject(run, config)
-
-
-def load_vocabulary_size(options: EngineOptions) -> int:
-    """The number of token ids of a model, from its configuration."""
-    from transformers import AutoConfig
-
-    size: int = AutoConfig.from_pretrained(resolve_model(options.model), local_files_only=True).vocab_size
-    return size
+    vocabulary_size: int = AutoConfig.from_pretrained(resolve_model(options.model), local_files_only=True).vocab_size
+    return Subject(run, vocabulary_size)

@@ -19,7 +19,8 @@ NAME = "transformers-generate"
 
 @torch.inference_mode()
 def run_generate(model: PreTrainedModel, workload: Workload, prompts: Sequence[Sequence[int]]) -> Measurement:
-    """Generates greedily to the full length. Prompts are of one length, so that nothing is padded and no mask is in the way."""
+    """Generates greedily to the full length. Prompts are of one length, so that nothing is padded and no mask is in
+    the way."""
     tokens = torch.tensor([list(prompt) for prompt in prompts])
     start = time.perf_counter()
     result = model.generate(  # type: ignore[operator]

@@ -32,7 +32,8 @@ class WindowDivergence:
 
 
 def window_divergence(exact: torch.Tensor, folded: torch.Tensor, targets: torch.Tensor) -> WindowDivergence:
-    """Compares logits [tokens, vocabulary] position by position; `targets` [tokens] are the tokens that really follow."""
+    """Compares logits [tokens, vocabulary] position by position; `targets` [tokens] are the tokens that really
+    follow."""
     sums = torch.zeros(4, dtype=torch.float64)
     for start in range(0, len(targets), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
@@ -50,7 +51,8 @@ def window_divergence(exact: torch.Tensor, folded: torch.Tensor, targets: torch.
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Quality over windows of equal length. `quality_cost` is exp(kl) - 1; its interval covers 95%, resampled by window."""
+    """Quality over windows of equal length. `quality_cost` is exp(kl) - 1; its interval covers 95%, resampled by
+    window."""
 
     perplexity_exact: float
     perplexity: float
@@ -62,7 +64,8 @@ class Quality:
 
 
 def summarize(windows: Sequence[WindowDivergence]) -> Quality:
-    """The means of several windows, and a paired bootstrap interval: a window's exact and folded scores stay together."""
+    """The means of several windows, and a paired bootstrap interval: a window's exact and folded scores stay
+    together."""
     count = len(windows)
     kl = sum(window.kl for window in windows) / count
     source = random.Random(0)  # noqa: S311 - resampling, not secrecy

@@ -1,7 +1,8 @@
 """The quality of an operating point, measured through the engine's own path: what is measured is what is served.
 
-The protocol: windows of `prefix + continuation` tokens, evenly spaced over a text. Each window runs twice through the same
-engine, exact and folded; the next-token distributions over the continuation are compared, the real tokens being given.
+The protocol: windows of `prefix + continuation` tokens, evenly spaced over a text. Each window runs twice through the
+same engine, exact and folded; the next-token distributions over the continuation are compared, the real tokens being
+given.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Protocol:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a protocol found. KV bytes per token are allocated bytes over the tokens in the cache, at the end of a window."""
+    """What a protocol found. KV bytes per token are allocated bytes over the tokens in the cache, at the end of a
+    window."""
 
     quality: Quality
     windows: int
@@ -54,7 +56,8 @@ def cut_windows(tokens: Sequence[int], protocol: Protocol) -> list[Sequence[int]
     needed = protocol.windows * protocol.window_tokens
     if len(tokens) < needed:
         raise ValueError(
-            f"{protocol.windows} windows of {protocol.window_tokens} tokens need {needed} tokens; the text has {len(tokens)}"
+            f"{protocol.windows} windows of {protocol.window_tokens} tokens need {needed} tokens, "
+            f"the text has {len(tokens)}"
         )
     spacing = len(tokens) / protocol.windows
     starts = [int(index * spacing) for index in range(protocol.windows)]

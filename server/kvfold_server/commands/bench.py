@@ -20,8 +20,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
     parser.add_argument("--batches", default="1,8,32,64", metavar="N,N,...", help="requests at once (1,8,32,64)")
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="tokens of each prompt (128)")
-    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="tokens that each request generates (64)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each, in turn; medians are shown (3)")
+    parser.add_argument(
+        "--new-tokens", type=int, default=64, metavar="N", help="tokens that each request generates (64)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="runs of each, in turn; medians are shown (3)"
+    )
     parser.add_argument(
         "--only", action="append", choices=("engine", "generate", "grpc"), help="measure only this; may be repeated"
     )
@@ -43,12 +47,16 @@ def run(arguments: argparse.Namespace) -> int:
     makers = {"engine": engine_subject, "generate": generate_subject, "grpc": grpc_subject}
     with ExitStack() as stack:
         subjects: list[Subject] = [makers[name](options, stack) for name in wanted]
-        measurements = alternate(subjects, workloads, arguments.repeats, lambda line: sys.stderr.write(line + "\n"))
+        measurements = alternate(subjects, workloads, arguments.repeats, _report)
     if arguments.json:
         sys.stdout.write(json.dumps({"runs": [_as_json(measurement) for measurement in measurements]}, indent=2) + "\n")
     else:
         _print_table(measurements)
     return 0
+
+
+def _report(line: str) -> None:
+    sys.stderr.write(line + "\n")
 
 
 def _workloads(arguments: argparse.Namespace) -> list[Workload]:

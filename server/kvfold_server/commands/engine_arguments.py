@@ -29,7 +29,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="(bfloat16)")
     parser.add_argument("--device", help="a torch device such as cpu or cuda (default: the best at hand)")
     parser.add_argument("--attention-backend", default="reference", metavar="NAME", help="(reference)")
-    parser.add_argument("--kv-memory", metavar="BYTES", help="the size of the KV pool, such as 512MiB (default: from free memory)")
+    parser.add_argument(
+        "--kv-memory", metavar="BYTES", help="the size of the KV pool, such as 512MiB (default: from free memory)"
+    )
 
 
 def engine_options(arguments: argparse.Namespace) -> EngineOptions:
@@ -71,9 +73,11 @@ def reporting_errors(run: Callable[[argparse.Namespace], int]) -> Callable[[argp
 
 
 def _is_users(error: Exception) -> bool:
-    """Whether building an engine failed for a reason that its message explains. Imported late: it brings torch along."""
+    """Whether building an engine failed for a reason that its message explains. Imported late: it brings torch
+    along."""
     from kvfold_server.engine.factory import EngineOptionsError
     from kvfold_server.models.errors import ModelSourceError, UnsupportedModelError
-    from kvfold_server.sharing.plan_file import PlanFileError
+    from kvfold_server.sharing.plan_file import PlanFileError, PlanMismatchError
 
-    return isinstance(error, EngineOptionsError | ModelSourceError | UnsupportedModelError | PlanFileError)
+    known = EngineOptionsError | ModelSourceError | UnsupportedModelError | PlanFileError | PlanMismatchError
+    return isinstance(error, known)

@@ -20,10 +20,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
     add_engine_arguments(parser)
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="the text to score, used as it is")
-    parser.add_argument("--shared-layers", type=int, default=0, metavar="N", help="the sharing depth (default 0: exact)")
+    parser.add_argument(
+        "--shared-layers", type=int, default=0, metavar="N", help="the sharing depth (default 0: exact)"
+    )
     parser.add_argument("--prefix", type=int, default=768, metavar="TOKENS", help="tokens before the scored ones (768)")
-    parser.add_argument("--continue", dest="continuation", type=int, default=256, metavar="TOKENS", help="scored tokens (256)")
-    parser.add_argument("--windows", type=int, default=64, metavar="N", help="windows, evenly spaced over the text (64)")
+    parser.add_argument(
+        "--continue", dest="continuation", type=int, default=256, metavar="TOKENS", help="scored tokens (256)"
+    )
+    parser.add_argument(
+        "--windows", type=int, default=64, metavar="N", help="windows, evenly spaced over the text (64)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -45,11 +51,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
     engine = build_engine(engine_options(arguments))
     if protocol.window_tokens > engine.info.context_length:
-        raise CommandError(f"a window has {protocol.window_tokens} tokens, the model's context {engine.info.context_length}")
+        raise CommandError(
+            f"a window has {protocol.window_tokens} tokens, the model's context {engine.info.context_length}"
+        )
     if not 0 <= arguments.shared_layers <= engine.info.plan.max_depth:
         raise CommandError(f"the model's sharing plan has depths 0 to {engine.info.plan.max_depth}")
     try:
-        windows = cut_windows(Tokenizer(engine.info.tokenizer_folder).encode(text), protocol)
+        tokens = Tokenizer.load(engine.info.tokenizer_folder).encode(text, add_special_tokens=False)
+        windows = cut_windows(tokens, protocol)
     except ValueError as error:
         raise CommandError(f"{arguments.text}: {error}") from error
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -77,14 +86,15 @@ def print_evaluation(evaluation: Evaluation, protocol: Protocol, shared_layers: 
         return
     saved = 1 - evaluation.kv_bytes_per_token / evaluation.kv_bytes_per_token_exact
     sys.stdout.write(
-        f"{shared_layers} shared layers, {evaluation.windows} windows of {protocol.prefix} + {protocol.continuation} tokens\n"
+        f"{shared_layers} shared layers, {evaluation.windows} windows of "
+        f"{protocol.prefix} + {protocol.continuation} tokens\n"
         f"perplexity       {quality.perplexity:.3f} (exact {quality.perplexity_exact:.3f})\n"
         f"quality cost     {quality.quality_cost:.2%} (95% interval {quality.quality_cost_low:.2%} to "
         f"{quality.quality_cost_high:.2%})\n"
         f"KL               {quality.kl:.5f} nats per token\n"
         f"top-1 agreement  {quality.top1_agreement:.2%}\n"
-        f"KV per token     {evaluation.kv_bytes_per_token:,.0f} bytes (exact {evaluation.kv_bytes_per_token_exact:,.0f}, "
-        f"saved {saved:.1%})\n"
+        f"KV per token     {evaluation.kv_bytes_per_token:,.0f} bytes "
+        f"(exact {evaluation.kv_bytes_per_token_exact:,.0f}, saved {saved:.1%})\n"
     )
 
 

@@ -115,7 +115,8 @@ class EngineCore:
         )
 
     def _execute(self, plan: StepPlan) -> tuple[dict[SequenceId, ChosenToken], set[SequenceId]]:
-        """Computes a plan; one that raises is computed in halves. Returns the tokens, and the sequences that cannot be computed."""
+        """Computes a plan; one that raises is computed in halves. Returns the tokens, and the sequences that cannot be
+        computed."""
         if not plan.chunks:
             return {}, set()
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,14 +17,14 @@ from kvfold_server.kv.arena import Arena
 from kvfold_server.kv.backends.registry import BACKENDS
 from kvfold_server.models.loading import DTYPES, load_patched_model
 from kvfold_server.models.source import resolve_model
+from kvfold_server.sharing.fingerprint import fingerprint
+from kvfold_server.sharing.plan_file import find_shipped_plan, load_plan
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from kvfold_scheduler.geometry import CacheGeometry
     from kvfold_server.engine.options import EngineOptions
     from kvfold_server.models.patched import PatchedModel
-
-logger = logging.getLogger(__name__)
+    from kvfold_server.sharing.plan_file import PlanFile
 
 
 class EngineOptionsError(ValueError):
@@ -34,27 +34,43 @@ class EngineOptionsError(ValueError):
 def build_engine(options: EngineOptions) -> EngineCore:
     """Loads the model and builds its engine. Takes seconds; the first time, a model may be fetched and converted.
 
-    Raises EngineOptionsError, ModelSourceError, UnsupportedModelError or PlanMismatchError, all with words for an operator.
+    Raises EngineOptionsError, ModelSourceError, UnsupportedModelError or PlanMismatchError, all with words for an
+    operator.
     """
     if options.dtype not in DTYPES:
         raise EngineOptionsError(f"dtype is one of {', '.join(DTYPES)}, not {options.dtype}")
     if options.attention_backend not in BACKENDS:
-        raise EngineOptionsError(f"the attention backend is one of {', '.join(BACKENDS)}, not {options.attention_backend}")
+        names = ", ".join(BACKENDS)
+        raise EngineOptionsError(f"the attention backend is one of {names}, not {options.attention_backend}")
     device = choose_device(options.device)
     folder = resolve_model(options.model)
     model = load_patched_model(folder, DTYPES[options.dtype], device)
-    return assemble_engine(model, folder, SharingPlan(model.geometry.layer_count), options)
+    plan_file = find_plan(options.plan, folder, model.geometry)
+    return assemble_engine(model, folder, plan_file, options)
 
 
-def assemble_engine(model: PatchedModel, folder: Path, plan: SharingPlan, options: EngineOptions) -> EngineCore:
-    """An engine for a model that is loaded already, with a pool of its own."""
+def find_plan(path: str | None, folder: Path, geometry: CacheGeometry) -> PlanFile | None:
+    """The named plan, else the one that ships for the model, if there is one. Raises PlanFileError or
+    PlanMismatchError."""
+    identity = fingerprint(folder)
+    return load_plan(Path(path), identity, geometry) if path is not None else find_shipped_plan(identity)
+
+
+def assemble_engine(
+    model: PatchedModel, folder: Path, plan_file: PlanFile | None, options: EngineOptions
+) -> EngineCore:
+    """An engine for a model that is loaded already, with a pool of its own. Without a plan, only depth 0 can be asked
+    for."""
     geometry = model.geometry
-    full_bytes = options.max_running * geometry.blocks_for(model.context_length) * geometry.layer_count * geometry.block_bytes
+    plan = SharingPlan(geometry.layer_count) if plan_file is None else plan_file.plan
+    blocks_at_most = options.max_running * geometry.blocks_for(model.context_length) * geometry.layer_count
+    full_bytes = blocks_at_most * geometry.block_bytes
     kv_bytes = options.kv_memory_bytes or min(full_bytes, default_kv_bytes(model.device))
     block_count = kv_bytes // geometry.block_bytes
     if block_count < geometry.layer_count:
         raise EngineOptionsError(
-            f"a KV memory of {kv_bytes:,} bytes holds {block_count} layer-blocks; {geometry.layer_count} layers need at least one each"
+            f"a KV memory of {kv_bytes:,} bytes holds {block_count} layer-blocks, "
+            f"and each of the {geometry.layer_count} layers needs at least one"
         )
     limits = SchedulerLimits(options.max_running, options.max_waiting, options.step_tokens)
     scheduler = Scheduler(geometry, plan, block_count, model.context_length, limits)
@@ -71,8 +87,8 @@ def assemble_engine(model: PatchedModel, folder: Path, plan: SharingPlan, option
         vocabulary_size=model.vocabulary_size,
         geometry=geometry,
         plan=plan,
-        plan_strategy="",
-        plan_quality=(),
+        plan_strategy="" if plan_file is None else plan_file.search.strategy,
+        plan_quality=() if plan_file is None else plan_file.depth_quality,
         attention_backend=backend.name,
         eos_token_ids=model.eos_token_ids,
         tokenizer_folder=folder,

@@ -35,7 +35,8 @@ def _available_bytes(meminfo: Path) -> int:
 
 
 def _limits(paths: Iterable[Path]) -> list[int]:
-    """The limits that are set; an unlimited container says "max" or a number beyond any memory, and both are no limit."""
+    """The limits that are set; an unlimited container says "max" or a number beyond any memory, and both are no
+    limit."""
     limits = [1 << 62]
     for path in paths:
         try:

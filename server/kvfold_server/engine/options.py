@@ -11,9 +11,10 @@ from dataclasses import dataclass
 class EngineOptions:
     """One model and the bounds of its engine; made of plain values, so that it travels as JSON on a command line.
 
-    `model` is "default", a folder, a GGUF file or a hub id. `plan` is the path of a sharing plan; None takes the plan that ships
-    for the model, if there is one. `device` is a torch device; None takes the best at hand. `kv_memory_bytes` is the size of the
-    pool; None lets the engine choose a part of the memory that is free. The bounds are those of the scheduler.
+    `model` is "default", a folder, a GGUF file or a hub id. `plan` is the path of a sharing plan; None takes the plan
+    that ships for the model, if there is one. `device` is a torch device; None takes the best at hand.
+    `kv_memory_bytes` is the size of the pool; None lets the engine choose a part of the memory that is free. The
+    bounds are those of the scheduler.
     """
 
     model: str

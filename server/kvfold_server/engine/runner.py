@@ -32,7 +32,8 @@ class ChosenToken:
 
 @dataclass(frozen=True, slots=True)
 class _LogitRows:
-    """Which logits of a chunk are wanted: `count` of them, from position `start`; and where they lie among all wanted ones."""
+    """Which logits of a chunk are wanted: `count` of them, from position `start`; and where they lie among all wanted
+    ones."""
 
     chunk: Chunk
     start: int
@@ -52,7 +53,8 @@ class Runner:
     def execute(self, plan: StepPlan, sequences: Mapping[SequenceId, RunnerSequence]) -> dict[SequenceId, ChosenToken]:
         """Writes the KV of the plan's tokens into the arena and returns the next token of every sampling chunk.
 
-        Raises whatever the model raises; then no sequence has changed, and the plan, or a part of it, can be computed again.
+        Raises whatever the model raises; then no sequence has changed, and the plan, or a part of it, can be computed
+        again.
         """
         batch = make_step_batch(plan, self._sharing, self._device)
         tokens: list[int] = []

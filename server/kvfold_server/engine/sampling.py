@@ -21,7 +21,8 @@ FIRST_CANDIDATES = 1024
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """What the choice at one row depends on: the parameters, the tokens so far, and the position of the token to choose."""
+    """What the choice at one row depends on: the parameters, the tokens so far, and the position of the token to
+    choose."""
 
     parameters: SamplingParameters
     prompt: list[int]
@@ -36,8 +37,8 @@ class SamplingRow:
 def choose_tokens(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
     """The next token of each row; None where the logits contain NaN.
 
-    `logits` [rows, vocabulary] are the model's own, in any floating dtype; they are not changed. A row's choice depends on its own
-    logits, parameters and tokens only.
+    `logits` [rows, vocabulary] are the model's own, in any floating dtype; they are not changed. A row's choice
+    depends on its own logits, parameters and tokens only.
     """
     best = logits.max(dim=-1)
     broken = best.values.isnan().tolist()
@@ -58,7 +59,8 @@ def choose_tokens(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int
 
 
 def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """Chooses from logits that already carry penalties: greedily, from the whole distribution, or from a filtered one."""
+    """Chooses from logits that already carry penalties: greedily, from the whole distribution, or from a filtered
+    one."""
     tokens: list[int] = logits.argmax(dim=-1).tolist()
     sampled = [index for index, row in enumerate(rows) if not row.parameters.greedy]
     filtered = [index for index in sampled if _filters(rows[index].parameters)]
@@ -106,12 +108,13 @@ def _from_filtered(logits: torch.Tensor, draws: torch.Tensor, rows: Sequence[Sam
 def _filtered_choice(
     logits: torch.Tensor, draws: torch.Tensor, rows: Sequence[SamplingRow], count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [rows] chosen among the `count` most probable, and whether no token beyond them could have passed the filters."""
+    """Tokens [rows] chosen among the `count` most probable, and whether no token beyond them could have passed the
+    filters."""
     vocabulary = logits.shape[-1]
     values, candidates = logits.topk(count, dim=-1)
-    limits = torch.tensor(
-        [min(row.parameters.top_k or vocabulary, vocabulary) for row in rows], device=logits.device
-    )[:, None]
+    limits = torch.tensor([min(row.parameters.top_k or vocabulary, vocabulary) for row in rows], device=logits.device)[
+        :, None
+    ]
     ranks = torch.arange(count, device=logits.device)
     within = ranks < limits
     kept_values = values.masked_fill(~within, float("-inf"))

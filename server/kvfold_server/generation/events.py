@@ -45,7 +45,7 @@ class MemoryReport:
 class FinishCause(Enum):
     """Why a request ended in the engine. Every request ends with exactly one of these."""
 
-    STOP_TOKEN = "stop_token"
+    STOP_TOKEN = "stop_token"  # noqa: S105 - not a secret
     LENGTH = "length"
     CANCELLED = "cancelled"
     QUEUE_FULL = "queue_full"
@@ -55,7 +55,8 @@ class FinishCause(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PromptScored:
-    """Log-probabilities of each prompt token but the first; sent before the first token of a request that asked for them."""
+    """Log-probabilities of each prompt token but the first; sent before the first token of a request that asked for
+    them."""
 
     request_id: RequestId
     logprobs: tuple[PositionLogprobs, ...]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NewType
+from typing import TYPE_CHECKING, NewType
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 RequestId = NewType("RequestId", int)
 """Minted by the server, unique for the life of an engine process."""
@@ -14,8 +16,8 @@ RequestId = NewType("RequestId", int)
 class SamplingParameters:
     """How the next token is chosen from the logits; the ranges are those of `kvfold.v1.SamplingParameters`.
 
-    `seed` and the position of a token determine the random number that chooses it, so a request's choices do not depend on
-    its batch mates.
+    `seed` and the position of a token determine the random number that chooses it, so a request's choices do not
+    depend on its batch mates.
     """
 
     temperature: float = 1.0

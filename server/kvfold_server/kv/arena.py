@@ -6,8 +6,8 @@ A layer-block holds `tokens_per_block` token rows; a token row is the K and then
                                      token 1 | K                     | V                       |
                                      ...
 
-A row is the unit of gathering and moving, whatever its dtype. Block 0 is the padding block; its bytes stay zero, so that
-padded positions of a gather read zeros.
+A row is the unit of gathering and moving, whatever its dtype. Block 0 is the padding block; its bytes stay zero, so
+that padded positions of a gather read zeros.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 class Arena:
     """`block_count` layer-blocks and the padding block, in `dtype` on `device`.
 
-    On CPU the blocks lie in one anonymous mapping, aligned to the operating system's page and committed as they are first
-    written. `rows` views them as token rows: [(block_count + 1) * tokens_per_block, kv_heads * (key_dim + value_dim)].
+    On CPU the blocks lie in one anonymous mapping, aligned to the operating system's page and committed as they are
+    first written. `rows` views them as token rows: [(block_count + 1) * tokens_per_block, kv_heads * (key_dim +
+    value_dim)].
     """
 
     def __init__(self, geometry: CacheGeometry, block_count: int, dtype: torch.dtype, device: torch.device) -> None:

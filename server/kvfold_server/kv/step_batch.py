@@ -1,6 +1,7 @@
 """The packed batch of one step: the tokens of all its sequences side by side, and where their KV lies.
 
-Sequences are ordered by depth, ascending. Because plans are nested, at each layer the sequences that own it are the first ones,
+Sequences are ordered by depth, ascending. Because plans are nested, at each layer the sequences that own it are the
+first ones,
 and their tokens the first tokens:
 
     tokens    | seq 0, depth 0 | seq 1, depth 0 | seq 2, depth 4 | seq 3, depth 8 |
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 class StepBatch:
     """What attention, projections and the backend need to know of a step. Index tensors are int64 unless noted.
 
-    B sequences, N tokens, L layers. Python tuples hold what decides shapes and control flow; tensors hold what is indexed with.
+    B sequences, N tokens, L layers. Python tuples hold what decides shapes and control flow; tensors hold what is
+    indexed with.
 
     - `positions` [N]: the position of each token in its sequence.
     - `rows` [B]: each sequence's row in the block tables; on the host, where the tables are.

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class AttentionCall:
     """The constants of one layer's attention.
 
-    `softcap`: logits become softcap * tanh(logits / softcap), before masking. `sinks` [heads]: one more logit a head that takes
-    part in the softmax and has no value (gpt-oss). `window`: a token at position p sees p - window + 1 .. p.
+    `softcap`: logits become softcap * tanh(logits / softcap), before masking. `sinks` [heads]: one more logit a head
+    that takes part in the softmax and has no value (gpt-oss). `window`: a token at position p sees p - window + 1 .. p.
     """
 
     layer: int
@@ -31,7 +31,8 @@ class AttentionCall:
 class AttentionBackend(ABC):
     """Writes K and V to the arena and attends over block tables. One step at a time: `begin`, then each layer in turn.
 
-    `tables` is the scheduler's block tables as an int32 tensor [rows, layers, blocks_per_layer], shared, never written here.
+    `tables` is the scheduler's block tables as an int32 tensor [rows, layers, blocks_per_layer], shared, never written
+    here.
     """
 
     name: ClassVar[str]
@@ -55,5 +56,6 @@ class AttentionBackend(ABC):
     def attend(self, call: AttentionCall, query: torch.Tensor) -> torch.Tensor:
         """Causal attention of each token to its own sequence's KV, read from `sources[call.layer]`.
 
-        query [N, heads, key_dim] -> [N, heads, value_dim], contiguous. Query head h reads KV head h * kv_heads // heads.
+        query [N, heads, key_dim] -> [N, heads, value_dim], contiguous. Query head h reads KV head h * kv_heads //
+        heads.
         """

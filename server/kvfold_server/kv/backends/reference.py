@@ -88,7 +88,9 @@ class ReferenceBackend(AttentionBackend):
         if count == 0:
             return
         blocks = self._block_rows[self._token_sequences[:count], layer, self._token_blocks[:count]]
-        self.arena.rows[blocks + self._token_offsets[:count]] = torch.cat((key[:count].flatten(1), value[:count].flatten(1)), dim=1)
+        self.arena.rows[blocks + self._token_offsets[:count]] = torch.cat(
+            (key[:count].flatten(1), value[:count].flatten(1)), dim=1
+        )
 
     def attend(self, call: AttentionCall, query: torch.Tensor) -> torch.Tensor:
         """Attends group by group."""
@@ -121,7 +123,8 @@ class ReferenceBackend(AttentionBackend):
         return visible
 
     def _gather(self, batch: StepBatch, group: _Group, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V [B, S, kv_heads, dim] of a group, from the tables of each sequence's source layer; zeros where none is."""
+        """K and V [B, S, kv_heads, dim] of a group, from the tables of each sequence's source layer; zeros where none
+        is."""
         geometry = self.arena.geometry
         kind = geometry.layers[layer]
         size, length = group.slots.shape
