@@ -35,9 +35,9 @@ class ServerProcess:
     """A server on a free port of this machine, as a context manager; the block runs while it serves at `address`.
 
     Until the server is ready, what it prints (the download of the default model, its conversion) is passed on to our
-    stderr, through a terminal of its own if ours is one, so that progress bars move. After that, only the last lines are
-    kept. It has its own session, so that Ctrl-C reaches us alone; leaving the block stops it with SIGTERM, and with
-    SIGKILL if it does not end within 20 s.
+    stderr, through a terminal of its own if ours is one, so that progress bars move. After that, only the last lines
+    are kept. It has its own session, so that Ctrl-C reaches us alone; leaving the block stops it with SIGTERM, and
+    with SIGKILL if it does not end within 20 s.
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
