@@ -31,8 +31,8 @@ INTRODUCTION = """# The API of kvfold
 Package `kvfold.v1`, served over gRPC. This page is made from the comments of the proto files by
 `docs/api_generator.py`. Beside these services, a server has `grpc.health.v1.Health` and server reflection.
 
-In a field marked *optional*, "not set" is told apart from zero. Errors carry `google.rpc` details, such as the field that
-is wrong or the delay after which a retry makes sense.
+In a field marked *optional*, "not set" is told apart from zero. Errors carry `google.rpc` details, such as the field
+that is wrong or the delay after which a retry makes sense.
 """
 
 # Numbers of fields in descriptor.proto; paths in the source info are made of them.
