@@ -108,7 +108,7 @@ class ReferenceBackend(AttentionBackend):
                 call,
             ).flatten(0, 1)
             if group.tokens is None:
-                out = result
+                out = result.contiguous()  # that of a single sequence still lies head by head
             else:
                 out[group.tokens] = result
         return out
