@@ -12,7 +12,7 @@ from kvfold_scheduler.sharing import SharingPlan
 from kvfold_server.engine.core import EngineCore
 from kvfold_server.engine.memory_size import default_kv_bytes
 from kvfold_server.engine.runner import Runner
-from kvfold_server.generation.model_info import ModelInfo
+from kvfold_server.generation.model_info import DepthQuality, ModelInfo
 from kvfold_server.kv.arena import Arena
 from kvfold_server.kv.backends.registry import BACKENDS
 from kvfold_server.models.loading import DTYPES, load_patched_model
@@ -46,7 +46,10 @@ def build_engine(options: EngineOptions) -> EngineCore:
     folder = resolve_model(options.model)
     model = load_patched_model(folder, DTYPES[options.dtype], device)
     plan_file = find_plan(options.plan, folder, model.geometry)
-    return assemble_engine(model, folder, plan_file, options)
+    if plan_file is None:
+        return assemble_engine(model, folder, SharingPlan(model.geometry.layer_count), options)
+    strategy = plan_file.search.strategy
+    return assemble_engine(model, folder, plan_file.plan, options, strategy, plan_file.depth_quality)
 
 
 def find_plan(path: str | None, folder: Path, geometry: CacheGeometry) -> PlanFile | None:
@@ -57,12 +60,15 @@ def find_plan(path: str | None, folder: Path, geometry: CacheGeometry) -> PlanFi
 
 
 def assemble_engine(
-    model: PatchedModel, folder: Path, plan_file: PlanFile | None, options: EngineOptions
+    model: PatchedModel,
+    folder: Path,
+    plan: SharingPlan,
+    options: EngineOptions,
+    plan_strategy: str = "",
+    plan_quality: tuple[DepthQuality, ...] = (),
 ) -> EngineCore:
-    """An engine for a model that is loaded already, with a pool of its own. Without a plan, only depth 0 can be asked
-    for."""
+    """An engine for a model that is loaded already, with a pool of its own. An empty plan has depth 0 only."""
     geometry = model.geometry
-    plan = SharingPlan(geometry.layer_count) if plan_file is None else plan_file.plan
     blocks_at_most = options.max_running * geometry.blocks_for(model.context_length) * geometry.layer_count
     full_bytes = blocks_at_most * geometry.block_bytes
     kv_bytes = options.kv_memory_bytes or min(full_bytes, default_kv_bytes(model.device))
@@ -87,8 +93,8 @@ def assemble_engine(
         vocabulary_size=model.vocabulary_size,
         geometry=geometry,
         plan=plan,
-        plan_strategy="" if plan_file is None else plan_file.search.strategy,
-        plan_quality=() if plan_file is None else plan_file.depth_quality,
+        plan_strategy=plan_strategy,
+        plan_quality=plan_quality,
         attention_backend=backend.name,
         eos_token_ids=model.eos_token_ids,
         tokenizer_folder=folder,

@@ -70,14 +70,15 @@ class Runner:
             if first < stop:
                 wanted.append(_LogitRows(chunk, first, len(packed_rows), stop - first))
                 packed_rows.extend(range(packed_start + first - chunk.start, packed_start + chunk.count))
-        logits = self._model.forward(
-            torch.tensor(tokens, device=self._device), batch, torch.tensor(packed_rows, device=self._device)
-        )
+        logits = self._model.forward(self._indices(tokens), batch, self._indices(packed_rows))
         for rows in wanted:
             scorer = sequences[rows.chunk.sequence_id].scorer
             if scorer is not None:
                 scorer.score(rows.start, logits[rows.offset : rows.offset + rows.count])
         return self._choose(logits, [rows for rows in wanted if rows.chunk.samples], sequences)
+
+    def _indices(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
 
     def _choose(
         self, logits: torch.Tensor, sampling: list[_LogitRows], sequences: Mapping[SequenceId, RunnerSequence]
@@ -86,7 +87,7 @@ class Runner:
             return {}
         last = [rows.offset + rows.count - 1 for rows in sampling]
         if last != list(range(logits.shape[0])):
-            logits = logits[torch.tensor(last, device=self._device)]
+            logits = logits[self._indices(last)]
         members = [sequences[rows.chunk.sequence_id] for rows in sampling]
         tokens = choose_tokens(
             logits, [SamplingRow(member.request.sampling, member.prompt, member.answer) for member in members]
