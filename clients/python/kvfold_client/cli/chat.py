@@ -95,7 +95,7 @@ class _Conversation:
         except UnavailableError:
             raise
         except KvfoldError as error:
-            self.console.print(f"[red]{explain(error, self._server)}[/]", highlight=False)
+            self.console.print(explain(error, self._server), style="red", markup=False, highlight=False, soft_wrap=True)
             return
         self._messages = [*messages, ChatMessage("assistant", answer)]
-        self.console.print(f"\n[dim]{answer_text(clock)}[/]\n", highlight=False)
+        self.console.print(f"\n[dim]{answer_text(clock)}[/]\n", highlight=False, soft_wrap=True)

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -95,11 +96,11 @@ async def _show(address: str, max_tokens: int, console: Console) -> None:
         if len(depths) < len(_DEPTHS):
             console.print(f"[yellow]Its sharing plan has {deepest} entries; deeper sharing is left out.[/]\n")
         await client.generate(_QUESTION, max_tokens=2)  # the first request of a fresh engine is slower than all others
-        console.print(f"[bold cyan]you[/]  {_QUESTION}")
+        console.print(f"[bold cyan]you[/]  {_QUESTION}", soft_wrap=True)
         rows = [await _stream_one(client, depth, max_tokens, console) for depth in depths]
         rows.append(await _run_concurrently(client, depths, max_tokens, console))
         console.print(_table(rows))
-        console.print(_closing(model, depths))
+        console.print(_closing(model, depths), soft_wrap=True)
 
 
 async def _stream_one(client: AsyncClient, depth: int, max_tokens: int, console: Console) -> _Row:
@@ -110,7 +111,7 @@ async def _stream_one(client: AsyncClient, depth: int, max_tokens: int, console:
         async for chunk in stream:
             clock.see(chunk)
             console.out(chunk.text, end="", highlight=False)
-    console.print(f"\n[dim]{answer_text(clock)}[/]")
+    console.print(f"\n[dim]{answer_text(clock)}[/]", soft_wrap=True)
     return _row(str(depth), [clock], clock.seconds)
 
 
@@ -135,7 +136,7 @@ async def _run_concurrently(client: AsyncClient, depths: Sequence[int], max_toke
 
         requests = [one(question, depths[index % len(depths)]) for index, question in enumerate(_CONCURRENT_QUESTIONS)]
         clocks = await asyncio.gather(*requests)
-    row = _row(f"{mixed} mixed ({count} at once)", clocks, whole.seconds)
+    row = _row(f"{count} mixed", clocks, whole.seconds)
     console.print(f"[dim]{row.tokens} tokens in {row.seconds:.1f} s[/]\n")
     return row
 
@@ -157,24 +158,26 @@ def _label(depth: int) -> str:
 
 
 def _table(rows: Sequence[_Row]) -> Table:
-    table = Table(caption="At depth 0 a little more is held than full: a layer's last page is rarely full.")
-    table.add_column("depth", style="bold")
+    table = Table(
+        box=SIMPLE_HEAD, caption="At depth 0 a little more is held than full: a layer's last page is rarely full."
+    )
+    table.add_column("\ndepth", style="bold", no_wrap=True)
     columns: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("KV bytes held", {}),
-        ("KV bytes at depth 0", {}),
-        ("bytes saved", {"style": "green"}),
-        ("tokens/s", {}),
-        ("time to first token", {}),
+        ("KV bytes\nheld", {}),
+        ("KV bytes\nat depth 0", {}),
+        ("bytes\nsaved", {"style": "green"}),
+        ("\ntokens/s", {}),
+        ("time to\nfirst token", {}),
     )
     for name, style in columns:
-        table.add_column(name, justify="right", **style)
+        table.add_column(name, justify="right", no_wrap=True, **style)
     for row in rows:
         saved = row.kv_bytes_full - row.kv_bytes_held
         table.add_row(
             row.label,
-            f"{row.kv_bytes_held:,}",
-            f"{row.kv_bytes_full:,}",
-            f"{saved:,} ({share_text(saved, row.kv_bytes_full)})",
+            bytes_text(row.kv_bytes_held),
+            bytes_text(row.kv_bytes_full),
+            f"{bytes_text(saved)} ({share_text(saved, row.kv_bytes_full)})",
             f"{row.tokens / row.seconds:.1f}",
             f"{row.first_token_seconds:.2f} s",
         )
