@@ -1,0 +1,1 @@
+"""Sharing plans: searching them (KVSharer and better rules), measuring them, and the files that hold them."""
