@@ -167,7 +167,7 @@ def _table(rows: Sequence[_Row]) -> Table:
         ("KV bytes\nat depth 0", {}),
         ("bytes\nsaved", {"style": "green"}),
         ("\ntokens/s", {}),
-        ("time to\nfirst token", {}),
+        ("time to\n1st token", {}),
     )
     for name, style in columns:
         table.add_column(name, justify="right", no_wrap=True, **style)
