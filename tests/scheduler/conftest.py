@@ -14,8 +14,9 @@ from kvfold_scheduler.sequence import SequenceId, SequenceRequest
 from kvfold_scheduler.sharing import SharingEntry, SharingPlan
 from kvfold_scheduler.step_plan import StepPlan, StepResult
 
-# Quick: the same examples in every run. Thorough: new ones each time; choose it with HYPOTHESIS_PROFILE=thorough.
-settings.register_profile("quick", derandomize=True, deadline=None, max_examples=60, stateful_step_count=40)
+# Quick: the same examples in every run. Thorough: new ones each time, for many minutes:
+#   HYPOTHESIS_PROFILE=thorough SIMULATED_REQUESTS=100000 pytest tests/scheduler --timeout=0
+settings.register_profile("quick", derandomize=True, deadline=None, max_examples=100, stateful_step_count=40)
 settings.register_profile("thorough", deadline=None, max_examples=2000, stateful_step_count=100, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
