@@ -18,6 +18,7 @@ from kvfold_server.channel.engine_loop import EngineChannel, EngineLoop, Heart
 from kvfold_server.channel.messages import LoadFailed
 from kvfold_server.engine.options import EngineOptions
 from kvfold_server.logs import configure_logging
+from kvfold_server.runtime import prepare_runtime
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +39,7 @@ def main() -> int:
     arguments = _parse_arguments()
     configure_logging(arguments.log_level, f"engine {arguments.name}")
     _die_with_parent()
+    prepare_runtime()
     os.nice(NICENESS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(fileno=arguments.channel) as connection:

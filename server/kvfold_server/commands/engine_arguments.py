@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvfold_server.runtime import prepare_runtime
+
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
@@ -58,6 +60,7 @@ def reporting_errors(run: Callable[[argparse.Namespace], int]) -> Callable[[argp
 
     @functools.wraps(run)
     def wrapped(arguments: argparse.Namespace) -> int:
+        prepare_runtime()
         try:
             return run(arguments)
         except CommandError as error:

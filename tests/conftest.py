@@ -1,0 +1,23 @@
+"""What the whole suite shares: how it threads, and the default model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvfold_server.runtime import prepare_runtime
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# Before torch is imported: tests share two cores with the servers that they start.
+prepare_runtime()
+
+
+@pytest.fixture(scope="session")
+def default_model_folder() -> Path:
+    """The prepared default model; fetched and converted the first time, then kept in the user's cache."""
+    from kvfold_server.models.default import default_model_folder
+
+    return default_model_folder()
