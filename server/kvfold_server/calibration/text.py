@@ -11,20 +11,24 @@ import hashlib
 import itertools
 import json
 import random
+import tempfile
 from collections import deque
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from kvfold_server.calibration.starts import chat_questions, prose_openings
+from kvfold_server.generation.draft import ChatMessage
+from kvfold_server.text.chat import ChatTemplate
+from kvfold_server.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 TEMPERATURES = (0.7, 0.85, 1.0)
 """From what a careful service uses to the model's own distribution; sequences take them in turn."""
@@ -48,21 +52,17 @@ class GeneratedTextParameters:
     top_p: float = TOP_P
 
 
-def text_from_file(path: Path, tokenizer: PreTrainedTokenizerBase, sequences: int, tokens: int) -> torch.Tensor:
-    """The first `sequences` windows of `tokens` tokens of a UTF-8 file: int64 [sequences, tokens].
+def text_from_file(path: Path, tokenizer: Tokenizer, sequences: int, tokens: int) -> torch.Tensor:
+    """The first `sequences` windows of `tokens` tokens of a UTF-8 file, as it is: int64 [sequences, tokens].
 
     Raises CalibrationTextError if the file cannot be read or is too short.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationTextError(f"cannot read {path}: {error}") from error
-    # A prefix long enough for the windows: encoding megabytes to use a few thousand tokens takes seconds.
-    ids: list[int] = []
-    for characters in (sequences * tokens * 8, len(text)):
-        ids = tokenizer(text[:characters], add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) > sequences * tokens:
-            break
+        ids = tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False)
+    except OSError as error:
+        raise CalibrationTextError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CalibrationTextError(f"{path} is not UTF-8 text (byte {error.start})") from error
     if len(ids) < sequences * tokens:
         raise CalibrationTextError(f"{path} holds {len(ids)} tokens; {sequences} x {tokens} are needed")
     return torch.tensor(ids[: sequences * tokens]).view(sequences, tokens)
@@ -70,33 +70,36 @@ def text_from_file(path: Path, tokenizer: PreTrainedTokenizerBase, sequences: in
 
 def generated_text(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
     parameters: GeneratedTextParameters,
     *,
-    cache_folder: Path | None = None,
-    model_key: str = "",
+    cache_file: Path | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> torch.Tensor:
     """Sequences that `model` writes: int64 [sequences, tokens], the same for the same model and parameters.
 
-    With a `cache_folder`, the text is kept there under `model_key` (a hash of the model) and the parameters, and read
-    from there the next time. `progress` is told the number of tokens per sequence so far.
+    `folder` is the model's, with its tokenizer and chat template. The text is kept in `cache_file` (see
+    `generated_text_name`) and read from there the next time. `progress` is told the number of tokens per sequence so
+    far. Raises TokenizerError or ChatTemplateError.
     """
-    file = None
-    if cache_folder is not None:
-        key = json.dumps([model_key, str(model.dtype), asdict(parameters)], sort_keys=True)
-        file = cache_folder / f"text-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
-        if file.exists():
-            progress(parameters.tokens)
-            return load_file(file)["tokens"]
-    starts = _starts(tokenizer, random.Random(parameters.seed))  # noqa: S311 - text, not secrets
-    tokens = write_text(model, starts, _end_tokens(model, tokenizer), parameters, progress)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        save_file({"tokens": tokens}, partial)
-        partial.rename(file)
+    if cache_file is not None and cache_file.exists():
+        progress(parameters.tokens)
+        return load_file(cache_file)["tokens"]
+    starts = _starts(folder, random.Random(parameters.seed))  # noqa: S311 - text, not secrets
+    tokens = write_text(model, starts, _end_tokens(model), parameters, progress)
+    if cache_file is not None:
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        # Under a name of its own until it is whole, as another calibration may be writing the same text.
+        with tempfile.NamedTemporaryFile(dir=cache_file.parent, delete=False) as partial:
+            partial.write(save({"tokens": tokens}))
+        Path(partial.name).rename(cache_file)
     return tokens
+
+
+def generated_text_name(model_hash: str, dtype: torch.dtype, parameters: GeneratedTextParameters) -> str:
+    """A file name for generated text, by everything that determines it. `model_hash` identifies the weights."""
+    key = json.dumps([model_hash, str(dtype), asdict(parameters)], sort_keys=True)
+    return f"text-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
 
 
 def write_text(
@@ -142,23 +145,20 @@ def _sample(logits: torch.Tensor, temperatures: torch.Tensor, top_p: float, gene
     return [int(token) for token in tokens.gather(1, choice)[:, 0]]
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def _end_tokens(model: PreTrainedModel) -> frozenset[int]:
     ends: set[int] = set()
-    for end in (tokenizer.eos_token_id, model.generation_config.eos_token_id if model.generation_config else None):
-        if end is not None:
-            ends.update(end if isinstance(end, list) else [end])
+    for config in (model.config, model.generation_config):
+        end = getattr(config, "eos_token_id", None)
+        ends.update(end if isinstance(end, list) else [] if end is None else [end])
     return frozenset(ends)
 
 
-def _starts(tokenizer: PreTrainedTokenizerBase, order: random.Random) -> Iterator[Sequence[int]]:
+def _starts(folder: Path, order: random.Random) -> Iterator[Sequence[int]]:
     """Endless starts; chat turns and prose in turn where the model has a chat template."""
+    tokenizer = Tokenizer.load(folder)
+    template = ChatTemplate.load(folder, tokenizer.special_tokens)
     questions, openings = chat_questions(order), prose_openings(order)
-    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    # Where the start token opens a chat turn, prose begins without one.
-    prose_first = [] if tokenizer.chat_template and tokenizer.bos_token in str(tokenizer.chat_template) else first
     while True:
-        if tokenizer.chat_template:
-            turn = [{"role": "user", "content": next(questions)}]
-            text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-            yield tokenizer(text, add_special_tokens=False)["input_ids"]
-        yield [*prose_first, *tokenizer(next(openings), add_special_tokens=False)["input_ids"]]
+        if template is not None:
+            yield tokenizer.encode(template.render([ChatMessage("user", next(questions))]), add_special_tokens=False)
+        yield tokenizer.encode(next(openings), add_special_tokens=True)

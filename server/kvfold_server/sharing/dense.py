@@ -91,6 +91,11 @@ class DenseModel:
         return self._probe.geometry
 
     @property
+    def dtype_name(self) -> str:
+        """The data type that the model computes in, such as "bfloat16"."""
+        return str(self._model.dtype).removeprefix("torch.")
+
+    @property
     def unshared(self) -> tuple[int, ...]:
         """The sources of the unmodified model: each layer reads its own K and V."""
         return tuple(range(len(self._layers)))
@@ -206,7 +211,7 @@ def _decoder_layers(model: PreTrainedModel, probe: Probe) -> nn.ModuleList:
 def _measuring(
     run: _Run, pairs: Sequence[SharingEntry], errors: dict[SharingEntry, float]
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
-    """A forward hook that runs its layer once more for each pair, reading the owner's K and V, and writes to `errors`."""
+    """A forward hook that runs its layer once more for each pair with the owner's K and V, and writes to `errors`."""
 
     def measure(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: object) -> None:
         exact = _hidden_states(output).float()

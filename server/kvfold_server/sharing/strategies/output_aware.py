@@ -30,8 +30,6 @@ SCORED_STRIDE = 2
 """Every second position is scored: neighbours say much the same, and the output head is a third of a small model's
 work."""
 
-OWNERS_PER_SHARER = 2
-
 LOCAL_ERROR_TOKENS = 512
 """Tokens of the first look at all pairs: enough for means over tokens."""
 
@@ -68,22 +66,42 @@ class _Estimates:
         known = sum(self.local_errors[one] for one in self._added)
         return self.local_errors[entry] * sum(self._added.values()) / known if known else math.inf
 
-    def promising(self, allowed: Iterable[SharingEntry], count: int) -> list[SharingEntry]:
-        """The `count` best entries, among the best owners of each sharer."""
+    def promising(self, allowed: Iterable[SharingEntry], owners: int, count: int) -> list[SharingEntry]:
+        """The `count` best entries, among the best `owners` of each sharer."""
         by_sharer: dict[int, list[SharingEntry]] = {}
         for entry in allowed:
             by_sharer.setdefault(entry.sharer, []).append(entry)
         pool = [
             entry
             for entries in by_sharer.values()
-            for entry in sorted(entries, key=lambda one: self.local_errors[one])[:OWNERS_PER_SHARER]
+            for entry in sorted(entries, key=lambda one: self.local_errors[one])[:owners]
         ]
         return sorted(pool, key=self.added)[:count]
 
 
+class _Work:
+    """Reports progress in tries, of which there are at most `total`."""
+
+    def __init__(self, setting: SearchSetting, total: int) -> None:
+        self._report = setting.report
+        self._total = total
+        self._done = 0
+
+    def tried(self, words: str) -> None:
+        self._done += 1
+        self._report(self._done / self._total, words)
+
+    def reached(self, done: int) -> None:
+        """A depth is done, perhaps with fewer tries than it could have taken."""
+        self._done = max(self._done, done)
+
+
 @dataclass(frozen=True, slots=True)
 class OutputAware:
-    """The beam search. `first_tries` entries are tried at depth 1, then `tries` for each of `beam` plans."""
+    """The beam search. `first_tries` entries are tried at depth 1, then `tries` for each of `beam` plans.
+
+    Of each sharer's entries only the best `owners_per_sharer` are considered.
+    """
 
     name: str = "output-aware"
     samples: int = 4
@@ -91,6 +109,7 @@ class OutputAware:
     beam: int = 3
     tries: int = 8
     first_tries: int = 32
+    owners_per_sharer: int = 2
 
     @property
     def formula(self) -> str:
@@ -111,12 +130,14 @@ class OutputAware:
         logits, trace = dense.logits(tokens, dense.unshared, positions=positions)
         exact = ExactDistributions(logits)
         beam = [_State((), (), trace)]
+        work = _Work(setting, self.first_tries + (setting.depth - 1) * self.tries * self.beam)
         for depth in range(1, setting.depth + 1):
             extended: list[_State] = []
             seen: set[frozenset[SharingEntry]] = set()
             for state in beam:
                 tries = self.first_tries if depth == 1 else self.tries
-                for entry in estimates.promising(candidates(dense.geometry, state.entries), tries):
+                allowed = candidates(dense.geometry, state.entries)
+                for entry in estimates.promising(allowed, self.owners_per_sharer, tries):
                     entries = (*state.entries, entry)
                     if frozenset(entries) in seen:
                         continue
@@ -128,9 +149,11 @@ class OutputAware:
                     extended.append(_State(entries, (*state.kl, kl), folded))
                     # Only the best are kept at any time: a trace holds all hidden states of the calibration text.
                     extended = sorted(extended, key=lambda one: one.last_kl)[: self.beam]
+                    work.tried(f"depth {depth}: KL {extended[0].last_kl:.3f}")
             if not extended:
                 raise too_few(depth - 1, setting)
             beam = extended
-            setting.report(depth / setting.depth, f"depth {depth}: KL {beam[0].last_kl:.3f}")
+            work.reached(self.first_tries + (depth - 1) * self.tries * self.beam)
+        setting.report(1.0, f"KL {beam[0].last_kl:.3f}")
         best = min(beam, key=lambda state: sum(math.log(max(kl, 1e-9)) for kl in state.kl))
         return [FoundEntry(entry, kl) for entry, kl in zip(best.entries, best.kl, strict=True)]

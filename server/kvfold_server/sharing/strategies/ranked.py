@@ -43,6 +43,7 @@ class RankedWalk:
     order: Order
     samples: int = 30
     tokens: int = 64
+    threshold: float = COSINE_THRESHOLD
 
     @property
     def formula(self) -> str:
@@ -50,7 +51,7 @@ class RankedWalk:
         return (
             "score = (||mean K_i - mean K_j|| + ||mean V_i - mean V_j||) / 2 over sample means after RoPE, "
             f"{self.order.value}; accepted if the cosine of the final hidden states, averaged over samples, "
-            f"stays above {COSINE_THRESHOLD}"
+            f"stays above {self.threshold}"
         )
 
     def search(self, setting: SearchSetting) -> list[FoundEntry]:
@@ -70,11 +71,12 @@ class RankedWalk:
             setting.report(len(found) / setting.depth, f"pair {tried + 1} of {len(ranking)}")
             sources = sources_of(dense.geometry.layer_count, [*accepted, entry])
             folded, folded_trace = dense.hidden(setting.tokens, sources, base=trace)
-            if output_cosine(exact, folded) > COSINE_THRESHOLD:
+            if output_cosine(exact, folded) > self.threshold:
                 found.append(FoundEntry(entry, distances[entry]))
                 trace = folded_trace
         if len(found) < setting.depth:
             raise too_few(len(found), setting)
+        setting.report(1.0, f"{len(found)} entries")
         return found
 
     def _ranking(self, distances: dict[SharingEntry, float], seed: int) -> list[SharingEntry]:
