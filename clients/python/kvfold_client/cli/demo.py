@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kvfold_client import ModelDescription
 
 _DEPTHS = (0, 4, 8)
+_TIMEOUT_SECONDS = 300.0  # 16 answers at once on a busy machine; a hung server must still end the demo
 _QUESTION = "Why does the moon change its shape in the sky over a month? Answer in a few sentences."
 _CONCURRENT_QUESTIONS = (
     "Why is the sea salty?",
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False)
     console.print(f"[bold]Starting the server[/]  [dim]kvfold serve --model {arguments.model}[/]")
     try:
-        with ServerProcess(["--model", arguments.model]) as server:
+        with ServerProcess(["--model", arguments.model, "--log-level", "WARNING"]) as server:
             try:
                 asyncio.run(_show(server.address, arguments.max_tokens, console))
             except KvfoldError as error:
@@ -85,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _show(address: str, max_tokens: int, console: Console) -> None:
-    async with AsyncClient(address) as client:
+    async with AsyncClient(address, timeout=_TIMEOUT_SECONDS) as client:
         model = await client.get_model()
         console.print(
             f"Serving [bold]{model.name}[/] at {address}: {len(model.layers)} layers,"

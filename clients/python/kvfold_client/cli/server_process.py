@@ -52,7 +52,7 @@ class ServerProcess:
         reading, writing = _output_pipe()
         command = [sys.executable, "-m", "kvfold_client.cli", "serve", *self._arguments]
         self._process = subprocess.Popen(
-            [*command, "--port", "0", "--ready-file", str(ready_file)],
+            [*command, "--port", "0", "--ready-file", str(ready_file), "--grace", "5"],
             stdin=subprocess.DEVNULL,
             stdout=writing,
             stderr=writing,
