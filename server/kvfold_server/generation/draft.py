@@ -43,3 +43,39 @@ class GenerationDraft:
     shared_layers: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One message of a conversation: `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """Text, tokenized as it is. `field` is where it stands in the request."""
+
+    text: str
+    field: str = "prompt"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """Token ids, used as they are."""
+
+    token_ids: tuple[int, ...]
+    field: str = "token_ids.ids"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation, for the model's chat template."""
+
+    messages: tuple[ChatMessage, ...]
+    continue_final_message: bool = False
+    field: str = "chat"
+
+
+Prompt = TextPrompt | TokenPrompt | ChatPrompt

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
 
     from jinja2.parser import Parser
 
+    from kvfold_server.generation.draft import ChatMessage
+
 CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 """Put behind the last message to find where the template would end it.
 
@@ -29,14 +30,6 @@ The trailing space shows whether the template trims.
 
 class ChatTemplateError(Exception):
     """A template cannot render a conversation; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChatMessage:
-    """One message: `role` is "system", "user" or "assistant"."""
-
-    role: str
-    content: str
 
 
 class ChatTemplate:

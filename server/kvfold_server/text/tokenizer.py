@@ -57,7 +57,8 @@ class Tokenizer:
 
         `add_special_tokens` adds what the model expects around a text, such as a first token.
         """
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Of the library's ways to encode, only those for batches let other threads run, and this one keeps no offsets.
+        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of some tokens. Bytes that form no character become U+FFFD; ids without a token have no text."""

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kvfold_server.text.chat import ChatMessage, ChatTemplate, ChatTemplateError
+from kvfold_server.generation.draft import ChatMessage
+from kvfold_server.text.chat import ChatTemplate, ChatTemplateError
 from kvfold_server.text.detokenizer import Detokenizer
 from kvfold_server.text.tokenizer import Tokenizer, TokenizerError
 

@@ -1,0 +1,1 @@
+"""The gRPC front end: services, conversion, errors, the server. Imports no torch."""
