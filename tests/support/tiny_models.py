@@ -35,6 +35,7 @@ def _config(name: str, **options: Any) -> Callable[[], PreTrainedConfig]:
         "pad_token_id": None,
         "bos_token_id": None,
         "eos_token_id": None,
+        "tie_word_embeddings": False,  # tied, random models repeat their last token
     }
     settings |= options
     return lambda: getattr(transformers, name)(**settings)
@@ -61,7 +62,7 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "qwen3": _config("Qwen3Config", head_dim=32),
     "qwen3_moe": _config("Qwen3MoeConfig", head_dim=16, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2),
-    "gemma": _config("GemmaConfig", head_dim=32, num_key_value_heads=1),
+    "gemma": _config("GemmaConfig", head_dim=32, num_key_value_heads=1, tie_word_embeddings=True),
     "gemma2": _config(
         "Gemma2Config",
         head_dim=16,
@@ -75,6 +76,7 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "phi3 with a window": _config("Phi3Config", sliding_window=WINDOW),
     "phi": _config("PhiConfig"),
     "gpt_neox": _config("GPTNeoXConfig"),
+    "phimoe with a window": _config("PhimoeConfig", num_local_experts=4, sliding_window=WINDOW),
     "olmo2": _config("Olmo2Config"),
     "olmo3": _config("Olmo3Config", sliding_window=WINDOW, layer_types=ALTERNATING),
     "granite": _config(
@@ -106,7 +108,11 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
 def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A random fp32 model in evaluation mode, eager attention, whose logits depend strongly on all that attention
     sees."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", dtype=torch.float32
+        )
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)

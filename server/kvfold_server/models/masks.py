@@ -23,7 +23,7 @@ FAR_POSITIONS = (1_000_003, 1_000_211, 1_064_960)
 
 def recorded_mask(**arguments: Any) -> torch.Tensor:  # noqa: ANN401
     """A mask function for the registry of transformers: the eager mask, which remembers what it was made from."""
-    mask: torch.Tensor = eager_mask(**arguments)
+    mask: torch.Tensor = eager_mask(**{**arguments, "allow_is_bidirectional_skip": False})
     setattr(mask, MASK_FUNCTION, arguments["mask_function"])
     return mask
 

@@ -28,6 +28,15 @@ def patch_model(model: PreTrainedModel) -> PatchedModel:
     Raises UnsupportedModelError, with the reason, if the model cannot be served or its steps do not compute what its
     own forward did; the model is of no use then.
     """
+    try:
+        return _patch(model)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(f"the model's forward fails: {type(error).__name__}: {error}") from error
+
+
+def _patch(model: PreTrainedModel) -> PatchedModel:
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModelError("the model computes the logits of all positions, always (no logits_to_keep)")
     probe = probe_model(model)

@@ -47,8 +47,8 @@ def _reason(config: PreTrainedConfig) -> str | None:
     layer_types = set(getattr(config, "layer_types", None) or ())
     checks: tuple[tuple[bool, str], ...] = (
         (bool(config.is_encoder_decoder), "it is an encoder-decoder; kvfold serves decoders"),
-        (config.get_text_config() is not config, "it has parts for other inputs than text"),
         (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING, "it has no language-model head in transformers"),
+        (config.get_text_config(decoder=True) is not config, "it has parts for other inputs than text"),
         (
             getattr(config, "kv_lora_rank", None) is not None,
             "multi-head latent attention (MLA) has no K and V per head to share or store in pages",
@@ -63,7 +63,7 @@ def _reason(config: PreTrainedConfig) -> str | None:
             f"({', '.join(sorted(layer_types - SERVED_LAYER_TYPES))})",
         ),
         (getattr(config, "quantization_config", None) is not None, "its weights are quantised"),
-        (getattr(config, "max_position_embeddings", None) is None, "its configuration has no context length"),
+        (_context_length(config) is None, "its configuration has no context length"),
     )
     for failed, reason in checks:
         if failed:
@@ -73,6 +73,14 @@ def _reason(config: PreTrainedConfig) -> str | None:
             f"its RoPE ({rope_type}) depends on the longest sequence of a batch, so batch mates would change each other"
         )
     return REASONS_BY_MODEL_TYPE.get(config.model_type)
+
+
+def _context_length(config: PreTrainedConfig) -> int | None:
+    try:
+        length: int | None = getattr(config, "max_position_embeddings", None)
+    except NotImplementedError:  # what a model without a limit says
+        return None
+    return length
 
 
 def _rope_types(config: PreTrainedConfig) -> set[str]:
