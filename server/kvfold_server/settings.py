@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from pydantic_settings import SettingsError as PydanticSettingsError
 
 from kvfold_scheduler.scheduler import SchedulerLimits
+from kvfold_server.byte_size import parse_bytes
 from kvfold_server.channel.supervisor import DEFAULT_FACTORY
 from kvfold_server.engine.options import EngineOptions
 
@@ -23,24 +24,12 @@ if TYPE_CHECKING:
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """Model names appear in logs, metrics and requests."""
 
-SIZE_UNITS = {"": 1} | {
-    prefix + binary: base ** (power + 1)
-    for power, prefix in enumerate("KMGT")
-    for binary, base in (("", 1000), ("I", 1024))
-}
+
+def _read_size(value: object) -> object:
+    return parse_bytes(value) if isinstance(value, str) else value
 
 
-def parse_size(value: object) -> object:
-    """A number of bytes from text such as "512MiB", "2GB" or "1000000". What is not text is returned as it is."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", value.upper())
-    if match is None:
-        raise ValueError(f"{value!r} is no size; write for example 512MiB or 2GB")
-    return int(float(match[1]) * SIZE_UNITS[match[2] or ""])
-
-
-ByteCount = Annotated[PositiveInt, BeforeValidator(parse_size)]
+ByteCount = Annotated[PositiveInt, BeforeValidator(_read_size)]
 
 
 class SettingsError(ValueError):
@@ -100,7 +89,8 @@ class ServerSettings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="KVFOLD_")
 
-    models: tuple[ModelSettings, ...] = Field(min_length=1)
+    models: tuple[ModelSettings, ...] = Field(default=(ModelSettings(source="default"),), min_length=1)
+    """Without any, the embedded default model, so that `kvfold serve` alone serves something."""
     host: str = "127.0.0.1"
     port: int = Field(default=50051, ge=0, le=65535)
     ready_file: Path | None = None

@@ -38,8 +38,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 def engine_options(arguments: argparse.Namespace) -> EngineOptions:
     """The options that the arguments name. Raises CommandError."""
+    from kvfold_server.byte_size import parse_bytes
     from kvfold_server.engine.options import EngineOptions
-    from kvfold_server.settings import parse_bytes
 
     try:
         kv_memory = None if arguments.kv_memory is None else parse_bytes(arguments.kv_memory)

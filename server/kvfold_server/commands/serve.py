@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--model",
         action="append",
         metavar="[NAME=]SOURCE",
-        help="'default' (the embedded SmolLM2-135M-Instruct), a folder, a GGUF file or a hub id; may be repeated",
+        help="'default' (the embedded SmolLM2-135M-Instruct; served without this flag too), a folder, a GGUF file or a "
+        "hub id; may be repeated",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings; flags and KVFOLD_... variables win")
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1; 0.0.0.0 for all)")
@@ -113,10 +115,13 @@ def _settings(arguments: argparse.Namespace) -> ServerSettings:
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     flags: dict[str, Any] = {name: given[name] for name in SERVER_FLAGS if name in given}
     for_models = {name: given[name] for name in MODEL_FLAGS if name in given}
-    if arguments.model:
-        if "plan" in for_models and len(arguments.model) > 1:
+    named = arguments.model
+    if not named and for_models and arguments.config is None and "KVFOLD_MODELS" not in os.environ:
+        named = ["default"]
+    if named:
+        if "plan" in for_models and len(named) > 1:
             raise SettingsError("--plan is for one model; give each of several its own in a --config file")
-        flags["models"] = [split_model(text) | for_models for text in arguments.model]
+        flags["models"] = [split_model(text) | for_models for text in named]
     elif for_models:
         flag = next(iter(for_models)).replace("_", "-")
         raise SettingsError(f"--{flag} is for models that are named by --model")
