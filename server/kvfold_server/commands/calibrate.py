@@ -60,6 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"--depths asks for {max(asked_depths)}, beyond --max-depth {arguments.max_depth}")
     output = _output(arguments)
 
+    from kvfold_server.runtime import prepare_runtime
+
+    if "torch" not in sys.modules:
+        prepare_runtime()
+
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -78,10 +83,11 @@ def run(arguments: argparse.Namespace) -> int:
     task = _task(asked_depths, arguments.max_depth, arguments.seed, identity.layer_count)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
     columns = (*columns, TimeRemainingColumn(), TextColumn("{task.fields[words]}"))
-    with Progress(*columns, console=Console(stderr=True)) as bars, DenseModel(model, probe_model(model)) as dense:
+    with Progress(*columns, console=Console(stderr=True)) as bars:
         text = _text(arguments, folder, model, identity, bars)
-        subject = Subject(dense, identity, _model_name(arguments.model), text)
-        plans = _search(arguments.strategy, subject, task, bars)
+        with DenseModel(model, probe_model(model)) as dense:
+            subject = Subject(dense, identity, _model_name(arguments.model), text)
+            plans = _search(arguments.strategy, subject, task, bars)
     chosen = plans[0]
     output.write_text(chosen.to_json(), encoding="utf-8")
     _print_table(plans)
