@@ -93,6 +93,7 @@ def _add_with_bytes(name: str, pool: descriptor_pool.DescriptorPool, added: set[
         message = pending.pop()
         pending.extend(message.nested_type)
         for field in message.field:
-            if field.type == descriptor_pb2.FieldDescriptorProto.TYPE_STRING:
+            is_map_key = message.options.map_entry and field.number == 1  # bytes cannot be one
+            if not is_map_key and field.type == descriptor_pb2.FieldDescriptorProto.TYPE_STRING:
                 field.type = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
     pool.Add(proto)

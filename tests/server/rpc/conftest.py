@@ -121,7 +121,7 @@ def serve(fake_factory: str) -> Callable[..., contextlib.AbstractAsyncContextMan
         *folders: Path, wait: bool = True, model: Mapping[str, Any] | None = None, **settings: Any
     ) -> AsyncIterator[Served]:
         models = [{"source": str(folder)} | dict(model or {}) for folder in folders]
-        server_settings = ServerSettings(models=models, port=0, engine_factory=fake_factory, **settings)
+        server_settings = ServerSettings(models=models, engine_factory=fake_factory, **{"port": 0} | settings)
         async with Application(server_settings, QUICK) as application:
             if wait:
                 await application.until_ready()
