@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
-from kvfold_client import AsyncClient, KvfoldError
+from kvfold_client import AsyncClient, ChatMessage, KvfoldError
 from kvfold_client.cli.answer_clock import AnswerClock
 from kvfold_client.cli.connection import explain
 from kvfold_client.cli.report import answer_text, bytes_text, share_text
@@ -23,28 +25,41 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from kvfold_client import ModelDescription
+    from kvfold_client import GenerationOptions, ModelDescription
 
 _DEPTHS = (0, 4, 8)
 _TIMEOUT_SECONDS = 300.0  # 16 answers at once on a busy machine; a hung server must still end the demo
-_QUESTION = "Why does the moon change its shape in the sky over a month? Answer in a few sentences."
+_PASSAGE = (
+    "The old harbour of Sandmere lies on a flat coast where two rivers meet the sea. For three hundred years its "
+    "people have lived from salt. Each spring they open wooden gates and let the tide run over wide clay basins "
+    "behind the dyke. Sun and wind do the rest: by late summer the water is gone, and a white crust is left, "
+    "which is raked into heaps by hand. A good year gives four hundred tons; a wet one gives almost nothing, and "
+    "then the town lives on what it has put aside. The salt is carried inland on narrow boats drawn by horses, "
+    "because the roads over the marsh sink in winter. In return the boats bring grain, timber and letters. At the "
+    "mouth of the larger river stands a round tower of red brick. Its lamp was lit for the first time after the "
+    "storm of 1712, in which eleven boats were lost in one night. The keeper climbs ninety steps every evening "
+    "and writes the weather of the day into a thick book. There are now forty of these books, and people who "
+    "study the climate come from far away to read them. They say that the winters have become milder, and that "
+    "the storms come later in the year than they did before."
+)
+_QUESTION = "Summarize this text in three sentences."
 _CONCURRENT_QUESTIONS = (
-    "Why is the sea salty?",
-    "Name three uses of a pencil.",
-    "What is a rainbow?",
-    "How do bees make honey?",
-    "Describe autumn in two sentences.",
-    "What does a compass do?",
-    "Why do cats purr?",
-    "Explain gravity to a child.",
-    "What is the capital of France known for?",
-    "How is bread made?",
-    "Give me a tip for a good night's sleep.",
-    "What is photosynthesis?",
-    "Why do we have seasons?",
-    "Write one sentence about a lighthouse.",
-    "What is a prime number?",
-    "How does a bicycle stay upright?",
+    "What do the people of Sandmere live from?",
+    "How is the salt made?",
+    "How much salt does a good year give?",
+    "What happens in a wet year?",
+    "How is the salt carried inland?",
+    "Why are the roads not used in winter?",
+    "What do the boats bring in return?",
+    "Where does the tower stand?",
+    "Why was the lamp lit?",
+    "How many steps does the keeper climb?",
+    "What does the keeper write down?",
+    "How many books are there now?",
+    "Who comes to read the books?",
+    "How have the winters changed?",
+    "When do the storms come now?",
+    "Give the text a title.",
 )
 
 
@@ -63,7 +78,9 @@ class _Row:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
     parser.add_argument("--model", default="default", help="what `kvfold serve --model` takes (default: %(default)s)")
-    parser.add_argument("--max-tokens", metavar="N", type=int, default=96, help="tokens per answer (default: 96)")
+    parser.add_argument(
+        "--max-tokens", metavar="N", type=int, default=64, help="the most tokens of an answer (default: 64)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -96,8 +113,10 @@ async def _show(address: str, max_tokens: int, console: Console) -> None:
         depths = [depth for depth in _DEPTHS if depth <= deepest]
         if len(depths) < len(_DEPTHS):
             console.print(f"[yellow]Its sharing plan has {deepest} entries; deeper sharing is left out.[/]\n")
-        await client.generate(_QUESTION, max_tokens=2)  # the first request of a fresh engine is slower than all others
-        console.print(f"[bold cyan]you[/]  {_QUESTION}", soft_wrap=True)
+        await client.generate(
+            _chat(_QUESTION), max_tokens=2
+        )  # the first steps of a fresh engine are slower than others
+        console.print(f"[bold cyan]you[/]  {_QUESTION}\n[dim]{_PASSAGE}[/]")
         rows = [await _stream_one(client, depth, max_tokens, console) for depth in depths]
         rows.append(await _run_concurrently(client, depths, max_tokens, console))
         console.print(_table(rows))
@@ -107,12 +126,13 @@ async def _show(address: str, max_tokens: int, console: Console) -> None:
 async def _stream_one(client: AsyncClient, depth: int, max_tokens: int, console: Console) -> _Row:
     console.print(f"\n[bold green]{_label(depth)}[/]")
     clock = AnswerClock()
-    chat = [{"role": "user", "content": _QUESTION}]
-    async with client.stream(chat, shared_layers=depth, max_tokens=max_tokens, temperature=0) as stream:
-        async for chunk in stream:
-            clock.see(chunk)
-            console.out(chunk.text, end="", highlight=False)
-    console.print(f"\n[dim]{answer_text(clock)}[/]", soft_wrap=True)
+    answer = Text()
+    with Live(answer, console=console, refresh_per_second=20):
+        async with client.stream(_chat(_QUESTION), **_options(depth, max_tokens)) as stream:
+            async for chunk in stream:
+                clock.see(chunk)
+                answer.append(chunk.text)
+    console.print(f"[dim]{answer_text(clock)}[/]", soft_wrap=True)
     return _row(str(depth), [clock], clock.seconds)
 
 
@@ -127,8 +147,7 @@ async def _run_concurrently(client: AsyncClient, depths: Sequence[int], max_toke
 
         async def one(question: str, depth: int) -> AnswerClock:
             clock = AnswerClock()
-            chat = [{"role": "user", "content": question}]
-            async with client.stream(chat, shared_layers=depth, max_tokens=max_tokens, temperature=0) as stream:
+            async with client.stream(_chat(question), **_options(depth, max_tokens)) as stream:
                 async for chunk in stream:
                     clock.see(chunk)
                     whole.see(chunk)
@@ -140,6 +159,15 @@ async def _run_concurrently(client: AsyncClient, depths: Sequence[int], max_toke
     row = _row(f"{count} mixed", clocks, whole.seconds)
     console.print(f"[dim]{row.tokens} tokens in {row.seconds:.1f} s[/]\n")
     return row
+
+
+def _chat(question: str) -> list[ChatMessage]:
+    return [ChatMessage("user", f"{_PASSAGE}\n\n{question}")]
+
+
+def _options(depth: int, max_tokens: int) -> GenerationOptions:
+    """The most probable tokens, with a penalty without which small models go round in circles."""
+    return {"shared_layers": depth, "max_tokens": max_tokens, "temperature": 0, "repetition_penalty": 1.1}
 
 
 def _row(label: str, clocks: Sequence[AnswerClock], seconds: float) -> _Row:
