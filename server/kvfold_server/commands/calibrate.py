@@ -60,11 +60,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"--depths asks for {max(asked_depths)}, beyond --max-depth {arguments.max_depth}")
     output = _output(arguments)
 
-    from kvfold_server.runtime import prepare_runtime
-
-    if "torch" not in sys.modules:
-        prepare_runtime()
-
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -81,9 +76,15 @@ def run(arguments: argparse.Namespace) -> int:
     model = load_model(folder, DTYPES[arguments.dtype], device)
     identity = fingerprint(folder)
     task = _task(asked_depths, arguments.max_depth, arguments.seed, identity.layer_count)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-    columns = (*columns, TimeRemainingColumn(), TextColumn("{task.fields[words]}"))
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[words]}"),
+        console=Console(stderr=True),
+    ) as bars:
         text = _text(arguments, folder, model, identity, bars)
         with DenseModel(model, probe_model(model)) as dense:
             subject = Subject(dense, identity, _model_name(arguments.model), text)
