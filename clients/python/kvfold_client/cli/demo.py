@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -127,11 +128,14 @@ async def _stream_one(client: AsyncClient, depth: int, max_tokens: int, console:
     console.print(f"\n[bold green]{_label(depth)}[/]")
     clock = AnswerClock()
     answer = Text()
-    with Live(answer, console=console, refresh_per_second=20):
+    live = Live(answer, console=console, refresh_per_second=20) if console.is_terminal else nullcontext()
+    with live:
         async with client.stream(_chat(_QUESTION), **_options(depth, max_tokens)) as stream:
             async for chunk in stream:
                 clock.see(chunk)
                 answer.append(chunk.text)
+    if not console.is_terminal:
+        console.print(answer, soft_wrap=True)
     console.print(f"[dim]{answer_text(clock)}[/]", soft_wrap=True)
     return _row(str(depth), [clock], clock.seconds)
 
@@ -166,8 +170,8 @@ def _chat(question: str) -> list[ChatMessage]:
 
 
 def _options(depth: int, max_tokens: int) -> GenerationOptions:
-    """The most probable tokens, with a penalty without which small models go round in circles."""
-    return {"shared_layers": depth, "max_tokens": max_tokens, "temperature": 0, "repetition_penalty": 1.1}
+    """Greedy, so that every run shows the same."""
+    return {"shared_layers": depth, "max_tokens": max_tokens, "temperature": 0}
 
 
 def _row(label: str, clocks: Sequence[AnswerClock], seconds: float) -> _Row:
@@ -188,7 +192,9 @@ def _label(depth: int) -> str:
 
 def _table(rows: Sequence[_Row]) -> Table:
     table = Table(
-        box=SIMPLE_HEAD, caption="At depth 0 a little more is held than full: a layer's last page is rarely full."
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        caption="Depth 0 holds slightly more than full: last pages are rarely full.",
     )
     table.add_column("\ndepth", style="bold", no_wrap=True)
     columns: tuple[tuple[str, dict[str, Any]], ...] = (
