@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
 
 from kvfold_server.models.errors import ModelSourceError, UnsupportedModelError
 from kvfold_server.models.patching import patch_model
@@ -40,6 +41,8 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
         raise ModelSourceError(f"{folder} has no readable config.json: {error}") from error
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     check_config(config)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -54,6 +57,9 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
         raise ModelSourceError(f"the weights in {folder} cannot be read: {error}") from error
     except ImportError as error:
         raise UnsupportedModelError(f"{config.model_type} needs a package that is not installed: {error}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     model.requires_grad_(False)
     loaded: PreTrainedModel = model.train(mode=False).to(device)
     return loaded

@@ -65,7 +65,7 @@ class QkvProjection(nn.Module):
         return query, key, value
 
     def _project(self, hidden: torch.Tensor, first: int, stop: int) -> torch.Tensor:
-        """Outputs [first, stop) for hidden [rows, hidden]; for a slice of 3D states, torch's bf16 path is far slower."""
+        """Outputs [first, stop) for hidden [rows, hidden]; for a slice of 3D states torch's bf16 path is slow."""
         bias = None if self.bias is None else self.bias[first:stop]
         return functional.linear(hidden, self.weight[first:stop], bias)
 
