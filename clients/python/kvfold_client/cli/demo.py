@@ -111,9 +111,9 @@ async def _show(address: str, max_tokens: int, console: Console) -> None:
             f" {bytes_text(model.kv_bytes_per_token)} of KV a token, {model.dtype}\n"
         )
         deepest = len(model.plan.entries) if model.plan else 0
-        depths = [depth for depth in _DEPTHS if depth <= deepest]
-        if len(depths) < len(_DEPTHS):
-            console.print(f"[yellow]Its sharing plan has {deepest} entries; deeper sharing is left out.[/]\n")
+        depths = sorted({min(depth, deepest) for depth in _DEPTHS})
+        if deepest == 0:
+            console.print("[yellow]It has no sharing plan, so that only depth 0 is shown.[/]\n")
         await client.generate(
             _chat(_QUESTION), max_tokens=2
         )  # the first steps of a fresh engine are slower than others
