@@ -226,4 +226,4 @@ def test_thousands_of_requests_with_cancels_and_failures_leave_nothing_behind() 
             service.end(chance.choice(sorted(service.live)), cancel=True)
     service.drain()
     # The run shows nothing unless all of this has happened, again and again.
-    assert min(service.seen.values()) >= requests // 60, service.seen
+    assert min(service.seen.values()) >= requests // 100, service.seen
