@@ -38,7 +38,9 @@ class Arena:
         self.key_values = kind.kv_heads * kind.key_dim
         shape = ((block_count + 1) * geometry.tokens_per_block, kind.values_per_token)
         if device.type == "cpu":
-            mapping = mmap.mmap(-1, (block_count + 1) * geometry.block_bytes)
+            # Private: of a shared mapping, pages that were only read are committed too, and none can be given back.
+            size = (block_count + 1) * geometry.block_bytes
+            mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self.rows = torch.frombuffer(mapping, dtype=dtype).view(shape)
         else:
             self.rows = torch.zeros(shape, dtype=dtype, device=device)
