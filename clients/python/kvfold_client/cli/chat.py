@@ -45,6 +45,7 @@ def _chat(client: Client, arguments: argparse.Namespace) -> int:
         try:
             line = console.input("[bold cyan]you[/] " if sys.stdin.isatty() else "").strip()
         except EOFError:
+            console.print()  # the shell's prompt belongs on a line of its own
             return 0
         if line in {"/quit", "/exit"}:
             return 0

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from enum import Enum
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -21,9 +23,9 @@ if TYPE_CHECKING:
 
     from kvfold_client import Client, ModelMemory
 
-_BAR_WIDTH = 40
-_STYLES = {BlockState.PREFILL: "yellow", BlockState.DECODE: "green", BlockState.FREE: "bright_black"}
-_MARKS = {BlockState.PREFILL: "▓", BlockState.DECODE: "█", BlockState.FREE: "░"}
+_BAR_WIDTH = 24  # so that the table fits into 80 columns
+_MARKS = {BlockState.DECODE: "█", BlockState.PREFILL: "▓", BlockState.FREE: "░"}
+_STYLES = {BlockState.DECODE: "green", BlockState.PREFILL: "yellow", BlockState.FREE: "bright_black"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -64,21 +66,21 @@ def _watch(client: Client, arguments: argparse.Namespace) -> int:
 
 def pool_table(models: tuple[ModelMemory, ...]) -> Table:
     """One row a model: how its pool is used, by whom, and what folding saves."""
-    table = Table(title="KV cache pools", title_justify="left", title_style="bold")
-    table.add_column("model")
-    table.add_column("pool")
-    table.add_column("requests")
-    table.add_column("KV held", justify="right")
-    table.add_column("at depth 0", justify="right")
-    table.add_column("saved", justify="right")
+    legend = Text("  ").join(Text(f"{_MARKS[state]} {state.value}", style=_STYLES[state]) for state in _MARKS)
+    table = Table(title="KV cache pools", title_justify="left", title_style="bold", caption=legend, box=SIMPLE_HEAD)
+    table.add_column("pool", no_wrap=True)
+    table.add_column("requests", no_wrap=True)
+    table.add_column("KV held", justify="right", no_wrap=True)
+    table.add_column("at depth 0", justify="right", no_wrap=True)
+    table.add_column("saved", justify="right", no_wrap=True)
     for model in models:
+        name = Text(model.model, style="bold")
         if not model.ready:
-            table.add_row(model.model, Text("its engine restarts", style="yellow"))
+            table.add_row(Group(name, Text("its engine restarts", style="yellow")))
             continue
         saved = max(model.kv_bytes_saved, 0)  # below zero are only partial last pages
         table.add_row(
-            model.model,
-            Group(_bar(model), _bar_text(model)),
+            Group(name, _bar(model), _bar_text(model)),
             f"{model.running_requests} running\n{model.waiting_requests} waiting",
             bytes_text(model.kv_bytes_held),
             bytes_text(model.kv_bytes_full),
@@ -91,7 +93,7 @@ def _bar(model: ModelMemory) -> Text:
     """The pool as a bar: decode, prefill, free."""
     bar = Text()
     decode, prefill = (
-        round(_BAR_WIDTH * model.state_bytes.get(state, 0) / model.pool_bytes) if model.pool_bytes else 0
+        ceil(_BAR_WIDTH * model.state_bytes.get(state, 0) / max(model.pool_bytes, 1))  # a little is more than nothing
         for state in (BlockState.DECODE, BlockState.PREFILL)
     )
     widths = {
@@ -104,14 +106,9 @@ def _bar(model: ModelMemory) -> Text:
     return bar
 
 
-def _bar_text(model: ModelMemory) -> Text:
+def _bar_text(model: ModelMemory) -> str:
     used = model.pool_bytes - model.state_bytes.get(BlockState.FREE, 0)
-    return Text.assemble(
-        f"{bytes_text(used)} of {bytes_text(model.pool_bytes)} ({share_text(used, model.pool_bytes)}): ",
-        ("decode", _STYLES[BlockState.DECODE]),
-        " ",
-        ("prefill", _STYLES[BlockState.PREFILL]),
-    )
+    return f"{bytes_text(used)} of {bytes_text(model.pool_bytes)} ({share_text(used, model.pool_bytes)})"
 
 
 def _json(models: tuple[ModelMemory, ...]) -> str:
