@@ -196,7 +196,7 @@ def test_chat_goes_on_after_a_refusal(server: Any) -> None:
 def test_memory_shows_the_pool(server: Any) -> None:
     done = kvfold("memory", "--server", server.address, COLUMNS="120")
     assert done.returncode == 0
-    for fact in ("tiny", "300 B of 1000 B (30%)", "2 running", "1 waiting", "25%"):
+    for fact in ("tiny", "30% of 1000 B", "2 running", "1 waiting", "25%"):
         assert fact in done.stdout
 
 

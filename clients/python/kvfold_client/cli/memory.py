@@ -108,7 +108,7 @@ def _bar(model: ModelMemory) -> Text:
 
 def _bar_text(model: ModelMemory) -> str:
     used = model.pool_bytes - model.state_bytes.get(BlockState.FREE, 0)
-    return f"{bytes_text(used)} of {bytes_text(model.pool_bytes)} ({share_text(used, model.pool_bytes)})"
+    return f"{share_text(used, model.pool_bytes)} of {bytes_text(model.pool_bytes)}"
 
 
 def _json(models: tuple[ModelMemory, ...]) -> str:
