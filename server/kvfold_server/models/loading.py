@@ -42,7 +42,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     check_config(config)
     bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -59,7 +59,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
         raise UnsupportedModelError(f"{config.model_type} needs a package that is not installed: {error}") from error
     finally:
         if bars:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
     loaded: PreTrainedModel = model.train(mode=False).to(device)
     return loaded

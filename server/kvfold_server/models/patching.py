@@ -51,7 +51,7 @@ def _patch(model: PreTrainedModel) -> PatchedModel:
     if without_facade:
         logger.warning("layers %s project K and V of all rows: the layout of their weights is unknown", without_facade)
     model.set_attn_implementation(ATTENTION_NAME)
-    patched = PatchedModel(model, probe.geometry, context, tuple(without_facade))
+    parts = (model, probe.geometry, context, tuple(without_facade))
     with torch.inference_mode():
-        check.run(patched)
-    return patched
+        check.run(PatchedModel(*parts))
+    return PatchedModel(*parts)  # without the backend of the check

@@ -44,6 +44,12 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     yield Pair(original, patched, tiny_plan(patched.geometry))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_rounding_in_short_data_types_is_no_reason_to_refuse(name: str, dtype: torch.dtype) -> None:
+    assert patch_model(tiny_model(ARCHITECTURES[name]()).to(dtype)).dtype == dtype
+
+
 def generate(model: PreTrainedModel, prompt: list[int]) -> list[int]:
     tokens = torch.tensor([prompt])
     output = model.generate(

@@ -84,6 +84,15 @@ def test_a_patched_model_does_not_run_outside_of_a_step() -> None:
         patched.model(torch.arange(3)[None])
 
 
+def test_a_model_without_a_backend_does_not_run() -> None:
+    patched = patch_model(tiny_model(ARCHITECTURES["llama"]()))
+    plan = tiny_plan(patched.geometry)
+    driver = StepDriver(patch_model(tiny_model(ARCHITECTURES["llama"]())), plan)
+    driver.model = patched
+    with pytest.raises(RuntimeError, match="attach"):
+        driver.run([Job([1, 2, 3], 0, 1)])
+
+
 def test_a_step_that_fails_ends() -> None:
     patched = patch_model(tiny_model(ARCHITECTURES["llama"]()))
     plan = tiny_plan(patched.geometry)
