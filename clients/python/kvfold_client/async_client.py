@@ -76,7 +76,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Closes the connection and cancels what still runs on it."""
-        await self._channel.close()
+        if self._open_channel is not None:
+            await self._open_channel.close()
 
     async def generate(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> Generation:
         """Generates a whole answer. Cancelling the task cancels the request on the server."""
