@@ -86,7 +86,7 @@ def channel_options(target: str, tls: Tls | None) -> ChannelOptions:
         ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
         ("grpc.enable_retries", 1),
         ("grpc.max_receive_message_length", _MAX_RESPONSE_BYTES),
-        # A dead connection under a call is found within 95 s. The server takes one ping a minute; the rest is for jitter.
+        # A dead connection under a call is found within 95 s. The server allows a ping a minute, and clocks differ.
         ("grpc.keepalive_time_ms", 75_000),
         ("grpc.keepalive_timeout_ms", 20_000),
     ]
