@@ -15,6 +15,7 @@ from kvfold_scheduler.step_plan import StepResult
 from kvfold_server.kv.arena import Arena
 from kvfold_server.kv.backends.base import AttentionBackend, AttentionCall
 from kvfold_server.kv.backends.registry import BACKENDS
+from kvfold_server.kv.native.library import NativeUnavailableError
 from kvfold_server.kv.step_batch import make_step_batch
 
 HEADS = 6
@@ -82,7 +83,10 @@ def make_backend(name: str, case: Case) -> tuple[AttentionBackend, Scheduler]:
     tables = torch.frombuffer(scheduler.tables.entries, dtype=torch.int32).view(
         limits.max_running, LAYERS, scheduler.tables.blocks_per_layer
     )
-    return BACKENDS[name](arena, tables), scheduler
+    try:
+        return BACKENDS[name](arena, tables), scheduler
+    except NativeUnavailableError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

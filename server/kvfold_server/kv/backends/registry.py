@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvfold_server.kv.backends.native import NativeBackend
 from kvfold_server.kv.backends.reference import ReferenceBackend
 
 if TYPE_CHECKING:
     from kvfold_server.kv.backends.base import AttentionBackend
 
-BACKENDS: dict[str, type[AttentionBackend]] = {backend.name: backend for backend in (ReferenceBackend,)}
+BACKENDS: dict[str, type[AttentionBackend]] = {backend.name: backend for backend in (ReferenceBackend, NativeBackend)}

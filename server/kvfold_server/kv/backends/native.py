@@ -1,0 +1,142 @@
+"""Attention on CPU by the project's own C++ kernels (`kvfold_server/kv/native`).
+
+Decode reads each row of the arena once and is bound by memory; prefill is blocked flash attention. What a sequence's
+tokens get does not depend, to the last bit, on what else is in the batch or on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from array import array
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from kvfold_server.kv.backends.base import AttentionBackend, AttentionCall
+from kvfold_server.kv.native.library import (
+    BEST_PATH,
+    OK,
+    CacheConfig,
+    NativeUnavailableError,
+    SimdPath,
+    load_library,
+    torch_parallel_function,
+)
+
+if TYPE_CHECKING:
+    from kvfold_server.kv.arena import Arena
+    from kvfold_server.kv.step_batch import StepBatch
+
+NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class NativeBackend(AttentionBackend):
+    """Runs on torch's own threads, as many as `torch.get_num_threads()` says at `begin`.
+
+    `path` forces an instruction set; by default the fastest that the machine and the head dimensions allow is taken.
+    Raises NativeUnavailableError if the library is missing or cannot serve this arena.
+    """
+
+    name: ClassVar[str] = "native"
+
+    def __init__(self, arena: Arena, tables: torch.Tensor, path: SimdPath | None = None) -> None:
+        super().__init__(arena, tables)
+        if arena.rows.device.type != "cpu":
+            raise NativeUnavailableError(f"native attention runs on cpu, the arena is on {arena.rows.device}")
+        if arena.rows.dtype not in NUMBERS:
+            raise NativeUnavailableError(f"native attention does not read {arena.rows.dtype}")
+        if tables.dtype != torch.int32 or not tables.is_contiguous():
+            raise ValueError("the block tables are one contiguous int32 tensor")
+        self._library = load_library()
+        kind = arena.geometry.layers[0]
+        self._kv_heads, self._value_dim = kind.kv_heads, kind.value_dim
+        self._layer_count = tables.shape[1]
+        self._dtype = arena.rows.dtype
+        config = CacheConfig(
+            arena=arena.rows.data_ptr(),
+            tables=tables.data_ptr(),
+            parallel=torch_parallel_function(),
+            layers=tables.shape[1],
+            blocks_per_layer=tables.shape[2],
+            tokens_per_block=arena.geometry.tokens_per_block,
+            kv_heads=kind.kv_heads,
+            key_dim=kind.key_dim,
+            value_dim=kind.value_dim,
+            number=NUMBERS[self._dtype],
+            path=BEST_PATH if path is None else path,
+        )
+        context = ctypes.c_void_p()
+        if self._library.kvfold_create(ctypes.byref(config), ctypes.byref(context)) != OK:
+            wanted = "any path" if path is None else path.name
+            raise NativeUnavailableError(
+                f"{wanted} cannot run here with key dimension {kind.key_dim} and value dimension {kind.value_dim}"
+            )
+        self._context = context
+        weakref.finalize(self, self._library.kvfold_destroy, context)
+        self.path = SimdPath(self._library.kvfold_path(context))
+        self._batch: StepBatch | None = None
+
+    def begin(self, batch: StepBatch) -> None:
+        """Hands the step's layout over, once for all layers."""
+        rows, sources = batch.rows.contiguous(), batch.sources.contiguous()
+        starts, lengths = array("q", batch.query_starts), array("q", batch.kv_lengths)
+        self._check(
+            self._library.kvfold_begin(
+                self._context,
+                torch.get_num_threads(),
+                batch.sequence_count,
+                rows.data_ptr(),
+                starts.buffer_info()[0],
+                lengths.buffer_info()[0],
+                sources.data_ptr(),
+            )
+        )
+        self._batch = batch
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Copies the rows; large steps on several threads."""
+        self._check(
+            self._library.kvfold_write(
+                self._context,
+                layer,
+                self._step().owner_tokens[layer],
+                key.data_ptr(),
+                *key.stride(),
+                value.data_ptr(),
+                *value.stride(),
+            )
+        )
+
+    def attend(self, call: AttentionCall, query: torch.Tensor) -> torch.Tensor:
+        """One call for the whole batch; the result is a new tensor."""
+        if query.stride(-1) != 1:
+            query = query.contiguous()
+        tokens, heads, _ = query.shape
+        sinks = None if call.sinks is None else call.sinks.to(torch.float32).contiguous()
+        out = torch.empty((tokens, heads, self._value_dim), dtype=self._dtype)
+        self._check(
+            self._library.kvfold_attend(
+                self._context,
+                call.layer,
+                heads,
+                call.window or 0,
+                call.scaling,
+                call.softcap or 0.0,
+                None if sinks is None else sinks.data_ptr(),
+                query.data_ptr(),
+                query.stride(0),
+                query.stride(1),
+                out.data_ptr(),
+            )
+        )
+        return out
+
+    def _step(self) -> StepBatch:
+        if self._batch is None:
+            raise RuntimeError("begin comes before write")
+        return self._batch
+
+    def _check(self, error: int) -> None:
+        if error != OK:
+            raise MemoryError("native attention found no memory for its intermediate results")

@@ -1,0 +1,1 @@
+"""The native attention library: its C++ sources, how it is built, and how it is loaded."""

@@ -1,0 +1,8 @@
+// Any processor.
+#include "simd_plain.h"
+// The path's own vectors come first.
+#include "path.h"
+
+namespace kvfold {
+const Kernels *plain_kernels(Number number) { return find_kernels(number); }
+}  // namespace kvfold

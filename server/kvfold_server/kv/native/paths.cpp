@@ -1,0 +1,59 @@
+#include "paths.h"
+
+namespace kvfold {
+namespace {
+
+struct PathEntry {
+    bool built;
+    int64_t chunk;  // values that are read together
+    const Kernels *(*kernels)(Number number);
+};
+
+constexpr PathEntry PATHS[PATH_COUNT] = {
+    {true, 1, plain_kernels},
+#ifdef KVFOLD_WITH_AVX2
+    {true, 16, avx2_kernels},
+#else
+    {false, 16, nullptr},
+#endif
+#ifdef KVFOLD_WITH_AVX512
+    {true, 32, avx512_kernels},
+#else
+    {false, 32, nullptr},
+#endif
+#ifdef KVFOLD_WITH_AVX512_BF16
+    {true, 32, avx512_bf16_kernels},
+#else
+    {false, 32, nullptr},
+#endif
+};
+
+bool processor_has(Path path) {
+#if defined(__x86_64__)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    switch (path) {
+        case AVX2: return avx2;
+        case AVX512: return avx512;
+        case AVX512_BF16: return avx512 && __builtin_cpu_supports("avx512bf16");
+        default: return path == PLAIN;
+    }
+#else
+    return path == PLAIN;
+#endif
+}
+
+}  // namespace
+
+bool path_available(Path path) {
+    return path >= PLAIN && path < PATH_COUNT && PATHS[path].built && processor_has(path);
+}
+
+bool path_fits(Path path, int64_t key_dim, int64_t value_dim) {
+    return key_dim % PATHS[path].chunk == 0 && value_dim % PATHS[path].chunk == 0;
+}
+
+const Kernels *find_path_kernels(Path path, Number number) { return PATHS[path].kernels(number); }
+
+}  // namespace kvfold

@@ -1,0 +1,233 @@
+"""What the native backend promises beyond the tests that all backends share (`test_backends.py`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import pytest
+import torch
+
+from kvfold_scheduler.geometry import CacheGeometry, LayerKind
+from kvfold_server.kv.arena import Arena
+from kvfold_server.kv.backends.base import AttentionCall
+from kvfold_server.kv.backends.native import NativeBackend
+from kvfold_server.kv.backends.reference import ReferenceBackend
+from kvfold_server.kv.native.library import NativeUnavailableError, SimdPath, available_paths
+from kvfold_server.kv.step_batch import StepBatch
+
+try:
+    PATHS = available_paths()
+except NativeUnavailableError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+LAYERS = 2
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Sequences of `lengths` tokens, the last `queries` of each computed in this step; all layers own their KV."""
+
+    lengths: tuple[int, ...]
+    queries: tuple[int, ...]
+    heads: int = 6
+    kv_heads: int = 2
+    key_dim: int = 32
+    value_dim: int = 32
+    dtype: torch.dtype = torch.float32
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    path: SimdPath | None = None
+
+    def call(self) -> AttentionCall:
+        sinks = torch.linspace(-2, 3, self.heads, dtype=self.dtype) if self.sinks else None
+        return AttentionCall(1, self.key_dim**-0.5, self.window, self.softcap, sinks)
+
+
+class Cache:
+    """Filled pages in random order, the unwritten ones NaN; a sequence's content depends only on its `seeds` entry."""
+
+    def __init__(self, setup: Setup, seeds: tuple[int, ...] | None = None) -> None:
+        kind = LayerKind(setup.window, "rope", setup.kv_heads, setup.key_dim, setup.value_dim)
+        geometry = CacheGeometry((kind,) * LAYERS, setup.dtype.itemsize)
+        blocks = geometry.blocks_for(max(setup.lengths))
+        size = len(setup.lengths)
+        self.setup = setup
+        self.arena = Arena(geometry, size * LAYERS * blocks, setup.dtype, torch.device("cpu"))
+        self.arena.fill(math.nan)
+        order = torch.randperm(self.arena.block_count, dtype=torch.int32, generator=torch.Generator().manual_seed(1))
+        self.tables = (1 + order).view(size, LAYERS, blocks)
+        starts = tuple(accumulate(setup.queries, initial=0))
+        self.query = torch.empty(starts[-1], setup.heads, setup.key_dim, dtype=setup.dtype)
+        self.batch = StepBatch(
+            token_count=starts[-1],
+            positions=torch.cat([torch.arange(n - q, n) for n, q in zip(setup.lengths, setup.queries, strict=True)]),
+            rows=torch.arange(size),
+            query_starts=starts,
+            kv_lengths=setup.lengths,
+            owner_tokens=(starts[-1],) * LAYERS,
+            sources=torch.arange(LAYERS)[:, None].expand(LAYERS, size).contiguous(),
+        )
+        for index, seed in enumerate(seeds or range(size)):
+            self._fill(index, torch.Generator().manual_seed(seed))
+
+    def _fill(self, index: int, generator: torch.Generator) -> None:
+        tokens_per_block = self.arena.geometry.tokens_per_block
+        length = self.setup.lengths[index]
+        slots = torch.arange(length)
+        for layer in range(LAYERS):
+            rows = self.tables[index, layer].long()[slots // tokens_per_block] * tokens_per_block
+            content = torch.randn(length, self.arena.rows.shape[1], generator=generator)
+            self.arena.rows[rows + slots % tokens_per_block] = content.to(self.setup.dtype)
+        # A query belongs to a position, whatever the chunk that it is computed in.
+        queries = torch.randn(length, *self.query.shape[1:], generator=generator)[length - self.setup.queries[index] :]
+        self.query[self.batch.query_starts[index] : self.batch.query_starts[index + 1]] = queries.to(self.setup.dtype)
+
+    def native(self) -> NativeBackend:
+        return NativeBackend(self.arena, self.tables, self.setup.path)
+
+    def attend(self) -> list[torch.Tensor]:
+        """The result of each sequence."""
+        backend = self.native()
+        backend.begin(self.batch)
+        out = backend.attend(self.setup.call(), self.query)
+        return list(out.split(self.setup.queries))
+
+    def reference(self) -> list[torch.Tensor]:
+        """The reference backend's result on fp32 copies of the same numbers."""
+        setup = self.setup
+        geometry = CacheGeometry(self.arena.geometry.layers, 4)
+        arena = Arena(geometry, self.arena.block_count, torch.float32, torch.device("cpu"))
+        per_block, tokens = geometry.tokens_per_block, self.arena.geometry.tokens_per_block
+        blocks = geometry.blocks_for(max(setup.lengths))
+        arena_needed = len(setup.lengths) * LAYERS * blocks
+        arena = Arena(geometry, arena_needed, torch.float32, torch.device("cpu"))
+        tables = (1 + torch.arange(arena_needed, dtype=torch.int32)).view(len(setup.lengths), LAYERS, blocks)
+        for index, length in enumerate(setup.lengths):
+            slots = torch.arange(length)
+            for layer in range(LAYERS):
+                old = self.tables[index, layer].long()[slots // tokens] * tokens + slots % tokens
+                new = tables[index, layer].long()[slots // per_block] * per_block + slots % per_block
+                arena.rows[new] = self.arena.rows[old].float()
+        backend = ReferenceBackend(arena, tables)
+        backend.begin(self.batch)
+        return list(backend.attend(setup.call(), self.query.float()).split(setup.queries))
+
+
+MIXED = Setup(lengths=(1, 700, 65, 130, 2100, 300, 16), queries=(1, 1, 65, 70, 1, 2, 1))
+VARIANTS = {
+    "plain": MIXED,
+    "bf16": replace(MIXED, dtype=torch.bfloat16),
+    "fp16": replace(MIXED, dtype=torch.float16),
+    "every head its own KV": replace(MIXED, kv_heads=6, dtype=torch.bfloat16),
+    "one KV head": replace(MIXED, kv_heads=1, dtype=torch.bfloat16),
+    "five heads a group": replace(MIXED, heads=10),
+    "wide values": replace(MIXED, value_dim=96),
+    "wide keys, bf16": replace(MIXED, key_dim=192, value_dim=128, dtype=torch.bfloat16),
+    "window": replace(MIXED, window=600),
+    "narrow window, bf16": replace(MIXED, window=7, dtype=torch.bfloat16),
+    "softcap": replace(MIXED, softcap=2.0),
+    "sinks": replace(MIXED, sinks=True),
+    "all, bf16": replace(MIXED, window=100, softcap=4.0, sinks=True, dtype=torch.bfloat16),
+}
+TOLERANCES = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name.lower())
+@pytest.mark.parametrize("setup", VARIANTS.values(), ids=VARIANTS.keys())
+def test_every_instruction_set_equals_the_reference_backend(setup: Setup, path: SimdPath) -> None:
+    cache = Cache(replace(setup, path=path))
+    tolerance = TOLERANCES[setup.dtype]
+    for ours, expected in zip(cache.attend(), cache.reference(), strict=True):
+        torch.testing.assert_close(ours.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name.lower())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sequence_gets_the_same_bits_whatever_is_in_the_batch(dtype: torch.dtype, path: SimdPath) -> None:
+    together = replace(MIXED, dtype=dtype, path=path)
+    results = Cache(together).attend()
+    for index, result in enumerate(results):
+        alone = replace(together, lengths=(together.lengths[index],), queries=(together.queries[index],))
+        torch.testing.assert_close(Cache(alone, seeds=(index,)).attend()[0], result, atol=0, rtol=0)
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    cache = Cache(replace(MIXED, dtype=torch.bfloat16))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(torch.cat(cache.attend()))
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(results[1], results[0], atol=0, rtol=0)
+    torch.testing.assert_close(results[2], results[0], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prefill_gives_the_same_bits_however_the_prompt_is_cut(dtype: torch.dtype) -> None:
+    setup = Setup(lengths=(301,), queries=(301,), window=90, dtype=dtype)
+    whole = Cache(setup).attend()[0]
+    for last in (2, 33, 150):
+        chunk = Cache(replace(setup, queries=(last,))).attend()[0]
+        torch.testing.assert_close(chunk, whole[-last:], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name.lower())
+def test_softmax_is_exact_to_fp32(path: SimdPath) -> None:
+    """Uniform values 1 and logits of a wide range: the result is the sum of weights over itself, 1 to the last bits."""
+    setup = Setup(lengths=(1500, 400), queries=(1, 3), path=path)
+    cache = Cache(setup)
+    cache.arena.rows[:, cache.arena.key_values :] = 1.0
+    cache.query *= 20
+    for result in cache.attend():
+        torch.testing.assert_close(result, torch.ones_like(result), atol=5e-7, rtol=0)
+
+
+@pytest.mark.parametrize("tokens", [5, 3000])
+def test_rows_of_any_strides_are_written_where_the_table_says(tokens: int) -> None:
+    setup = Setup(lengths=(tokens + 20, tokens), queries=(tokens, tokens))
+    cache = Cache(setup)
+    backend = cache.native()
+    backend.begin(cache.batch)
+    fused = torch.randn(2 * tokens, 3, setup.kv_heads, setup.key_dim)
+    transposed = torch.randn(setup.value_dim, setup.kv_heads, 2 * tokens).permute(2, 1, 0)
+    backend.write(0, fused[:, 1], transposed)
+    per_block = cache.arena.geometry.tokens_per_block
+    for index in range(2):
+        slots = torch.arange(setup.lengths[index] - tokens, setup.lengths[index])
+        rows = cache.arena.rows[cache.tables[index, 0].long()[slots // per_block] * per_block + slots % per_block]
+        span = slice(index * tokens, (index + 1) * tokens)
+        expected = torch.cat((fused[span, 1].flatten(1), transposed[span].flatten(1)), dim=1)
+        torch.testing.assert_close(rows, expected, atol=0, rtol=0)
+
+
+def test_a_query_of_any_strides_is_read() -> None:
+    cache = Cache(MIXED)
+    expected = torch.cat(cache.attend())
+    backend = cache.native()
+    backend.begin(cache.batch)
+    transposed = cache.query.transpose(0, 1).contiguous().transpose(0, 1)
+    wide = torch.cat((cache.query, cache.query), dim=1)[:, : MIXED.heads]
+    apart = cache.query.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    for query in (transposed, wide, apart):
+        torch.testing.assert_close(backend.attend(MIXED.call(), query), expected, atol=0, rtol=0)
+
+
+def test_head_dimensions_that_a_path_cannot_take_are_refused_by_name_and_served_by_another() -> None:
+    setup = Setup(lengths=(40,), queries=(3,), key_dim=18, value_dim=10)
+    assert Cache(setup).native().path is SimdPath.PLAIN
+    for path in PATHS[1:]:
+        with pytest.raises(NativeUnavailableError, match=f"{path.name} cannot run here with key dimension 18"):
+            Cache(replace(setup, path=path)).native()
+
+
+def test_an_unknown_number_is_refused() -> None:
+    kind = LayerKind(None, "rope", 1, 16, 16)
+    arena = Arena(CacheGeometry((kind,), 8), 1, torch.float64, torch.device("cpu"))
+    with pytest.raises(NativeUnavailableError, match="float64"):
+        NativeBackend(arena, torch.zeros(1, 1, 1, dtype=torch.int32))
