@@ -48,7 +48,7 @@ def _install_separate(attention: nn.Module, projections: list[nn.Module], bindin
     query, key, value = (weight.shape[0] for weight in weights)
     projection = QkvProjection(torch.cat(weights), bias, [query, key, value], binding)
     attention.add_module(PROJECTION, projection)
-    parts = SeparateParts(projection)
+    parts = SeparateParts(projection, len(SEPARATE_NAMES))
     for part, name in enumerate(SEPARATE_NAMES):
         setattr(attention, name, ProjectionFacade(parts.taker(part)))
     return True

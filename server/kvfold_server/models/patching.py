@@ -11,6 +11,7 @@ import torch
 from kvfold_server.models.attention import ATTENTION_NAME, BINDING, LayerBinding
 from kvfold_server.models.errors import UnsupportedModelError
 from kvfold_server.models.facades import install_facades
+from kvfold_server.models.packed_linear import pack_linears
 from kvfold_server.models.patched import PatchedModel
 from kvfold_server.models.probe import probe_model
 from kvfold_server.models.self_check import SelfCheck
@@ -50,6 +51,7 @@ def _patch(model: PreTrainedModel) -> PatchedModel:
             without_facade.append(index)
     if without_facade:
         logger.warning("layers %s project K and V of all rows: the layout of their weights is unknown", without_facade)
+    pack_linears(model)
     model.set_attn_implementation(ATTENTION_NAME)
     parts = (model, probe.geometry, context, tuple(without_facade))
     with torch.inference_mode():

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
+
+from kvfold_server.models.packed_weight import PackedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,8 +41,7 @@ class QkvProjection(nn.Module):
         self, weight: torch.Tensor, bias: torch.Tensor | None, widths: list[int], binding: LayerBinding
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.packed = PackedWeight(weight, bias)
         self.widths = widths
         self.binding = binding
 
@@ -54,32 +54,28 @@ class QkvProjection(nn.Module):
         context.query_rows[layer] += rows
         if owned == rows or (owned > 0 and rows - owned < SLICED_ROWS):
             context.key_value_rows[layer] += rows
-            query, key, value = torch.split(self._project(hidden[0], 0, sum(self.widths))[None], self.widths, dim=-1)
+            query, key, value = torch.split(self.packed(hidden), self.widths, dim=-1)
             return query, key, value
         context.key_value_rows[layer] += owned
-        query = self._project(hidden[0], 0, query_width)[None]
+        query = self.packed.part(0, query_width)(hidden)
         key_value = hidden.new_empty(1, rows, key_width + value_width)
         if owned > 0:
-            key_value[0, :owned] = self._project(hidden[0, :owned], query_width, sum(self.widths))
+            # Two dimensions: of a slice of three, torch's bf16 product takes many times as long.
+            key_value[0, :owned] = self.packed.part(query_width, sum(self.widths))(hidden[0, :owned])
         key, value = torch.split(key_value, [key_width, value_width], dim=-1)
         return query, key, value
 
-    def _project(self, hidden: torch.Tensor, first: int, stop: int) -> torch.Tensor:
-        """Outputs [first, stop) for hidden [rows, hidden]; for a slice of 3D states torch's bf16 path is slow."""
-        bias = None if self.bias is None else self.bias[first:stop]
-        return functional.linear(hidden, self.weight[first:stop], bias)
-
 
 class SeparateParts:
-    """Hands out Q, K and V of one projection, one call each, in any order, computing them with the first."""
+    """Hands out the parts of one projection, one call each, in any order, computing them with the first."""
 
-    def __init__(self, projection: QkvProjection) -> None:
+    def __init__(self, projection: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], count: int) -> None:
         self._projection = projection
         self._hidden: torch.Tensor | None = None
-        self._parts: list[torch.Tensor | None] = [None, None, None]
+        self._parts: list[torch.Tensor | None] = [None] * count
 
     def taker(self, part: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What stands for part 0 (Q), 1 (K) or 2 (V): maps hidden states [1, N, hidden] to that part."""
+        """What stands for a part, by its place in the projection's result: maps hidden states to that part."""
         return partial(self._take, part)
 
     def _take(self, part: int, hidden: torch.Tensor) -> torch.Tensor:
