@@ -39,7 +39,8 @@ class Application:
         self._policy = policy
         self.address = ""
         self.models = HostedModels(
-            HostedModel(model.name, EngineHandle(model.name, self._note_change)) for model in settings.models
+            HostedModel(model.name, EngineHandle(model.name, self._note_change, model.max_running + model.max_waiting))
+            for model in settings.models
         )
         self.supervisors: dict[str, EngineSupervisor] = {}
         self._changed = asyncio.Event()
@@ -77,8 +78,13 @@ class Application:
             self._settings.ready_file.unlink(missing_ok=True)
         logger.info("stopped")
 
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` has been called."""
+        return self._stopping.is_set()
+
     def stop(self) -> None:
-        """Asks `run` to drain and return. Safe to call again."""
+        """Asks `run` to drain and return."""
         self._stopping.set()
 
     async def until_ready(self) -> None:

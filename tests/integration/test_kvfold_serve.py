@@ -151,3 +151,19 @@ def test_a_killed_server_leaves_no_engine_behind(kvfold_serve: KvfoldServe, defa
         while is_alive(engine):
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+def test_a_second_signal_ends_the_server_at_once(kvfold_serve: KvfoldServe, default_model_folder: Path) -> None:
+    with (
+        kvfold_serve("--model", str(default_model_folder), "--kv-memory", "256MiB") as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        call = generation_pb2_grpc.GenerationServiceStub(channel).GenerateStream(
+            generation_pb2.GenerateStreamRequest(prompt="One", stopping={"max_tokens": 4000, "ignore_eos": True})
+        )
+        next(call)
+        server.process.send_signal(signal.SIGINT)
+        while not any("draining" in line for line in server.log):
+            time.sleep(0.05)
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(10) == 1

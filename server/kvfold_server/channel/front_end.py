@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kvfold_server.channel.codec import encode_to_engine
 from kvfold_server.channel.messages import CancelRequest, EngineReady, Heartbeat, LoadFailed, StepOutput
 from kvfold_server.channel.request_stream import RequestStream
-from kvfold_server.generation.errors import EngineUnavailableError, RequestError
+from kvfold_server.generation.errors import EngineUnavailableError, OverloadedError, RequestError
 from kvfold_server.generation.events import RequestFinished
 from kvfold_server.generation.request import RequestId
 
@@ -34,13 +34,16 @@ class EngineHandle:
     something about fail with EngineUnavailableError; the others are submitted to the next one.
     """
 
-    def __init__(self, name: str, on_ready_changed: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, name: str, on_ready_changed: Callable[[], None] | None = None, max_open: int | None = None
+    ) -> None:
         self.name = name
         self.info: ModelInfo | None = None
         """The model, once it has been loaded for the first time; stays while the engine restarts."""
         self.snapshot: PoolSnapshot | None = None
         """The latest state of the pool; None while the engine is not ready."""
         self._on_ready_changed = on_ready_changed
+        self._max_open = max_open
         self._send: Callable[[bytes], None] | None = None
         self._ready = False
         self._streams: dict[RequestId, RequestStream] = {}
@@ -61,12 +64,15 @@ class EngineHandle:
         return RequestId(next(self._ids))
 
     def submit(self, request: GenerationRequest) -> RequestStream:
-        """Gives a validated request to the engine. Raises EngineUnavailableError while there is none.
+        """Gives a validated request to the engine. The caller reads the stream to its end, or abandons it.
 
-        The caller reads the stream to its end, or abandons it.
+        Raises EngineUnavailableError while there is no engine, and OverloadedError when `max_open` requests are
+        open: the engine would refuse one more as well, but only after its step.
         """
         if not self._ready:
             raise EngineUnavailableError(f"the engine of model {self.name!r} is starting")
+        if self._max_open is not None and len(self._streams) >= self._max_open:
+            raise OverloadedError
         stream = RequestStream(request, self.abandon)
         self._streams[request.request_id] = stream
         self._submit(stream, request)
@@ -104,19 +110,20 @@ class EngineHandle:
                 pass  # the supervisor's business
 
     def disconnect(self) -> None:
-        """The engine process is gone.
+        """The engine process is gone. Requests that it had said something about fail, the others wait for the next one.
 
-        Requests that it had said something about fail, the others wait for the next one.
+        They wait once: if that one is lost before it is ready, the engine may never be again, and they fail as well.
         """
+        was_ready = self._ready
         self._send = None
         self.snapshot = None
         self._set_ready(False)
         for stream in list(self._streams.values()):
-            if stream.touched or stream.attempts >= MAX_ATTEMPTS:
+            if stream.touched or stream.attempts >= MAX_ATTEMPTS or not was_ready:
                 self._fail(stream, EngineUnavailableError(f"the engine of model {self.name!r} was lost and restarts"))
 
     def fail_all(self, error: RequestError) -> None:
-        """Ends every open request with an error: there will be no other engine, or none soon."""
+        """Ends every open request with an error: there will be no other engine."""
         for stream in list(self._streams.values()):
             self._fail(stream, error)
 

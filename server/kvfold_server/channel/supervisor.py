@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from kvfold_server.channel.link import EngineLink
 from kvfold_server.channel.messages import EngineReady, LoadFailed
-from kvfold_server.generation.errors import EngineUnavailableError
 
 if TYPE_CHECKING:
     from kvfold_server.channel.front_end import EngineHandle
@@ -35,12 +34,15 @@ class SupervisionPolicy:
     """When an engine counts as hung, and how soon it is started again. All in seconds.
 
     `heartbeat_timeout`: heartbeats come twice a second; a busy machine may delay them by a few seconds, not by 15.
-    `step_timeout`: a step computes at most a few hundred tokens; even a large model on a slow CPU ends it within
-    minutes. The delay before a restart doubles from `first_delay` to `max_delay`, so that an engine that cannot
-    live does not keep the machine busy, and falls back when one has lived for `stable_after`.
+    `load_timeout`: until the engine is ready, they may fail to come for longer: reading libraries from a cold disk
+    holds up every thread of a Python process. `step_timeout`: a step computes at most a few hundred tokens; even a
+    large model on a slow CPU ends it within minutes. The delay before a restart doubles from `first_delay` to
+    `max_delay`, so that an engine that cannot live does not keep the machine busy, and falls back when one has
+    lived for `stable_after`.
     """
 
     heartbeat_timeout: float = 15.0
+    load_timeout: float = 120.0
     step_timeout: float = 300.0
     first_delay: float = 0.5
     max_delay: float = 30.0
@@ -81,15 +83,16 @@ class EngineSupervisor:
             if time.monotonic() - started > self._policy.stable_after:
                 delay = self._policy.first_delay
             logger.error("model %s: engine lost (%s); restart in %.1f s", self._handle.name, reason, delay)
-            if self._failure is not None:
-                self._handle.fail_all(EngineUnavailableError("the engine cannot be restarted at present"))
             await asyncio.sleep(delay)
             delay = min(2 * delay, self._policy.max_delay)
 
     async def _run_process(self) -> str:
         """Runs one engine process to its end, and says how it ended."""
         self._failure = None
-        link, process = await self._start()
+        try:
+            link, process = await self._start()
+        except OSError as error:
+            return f"its process cannot be started: {error}"
         self._process = process
         exited = asyncio.create_task(process.wait())
         try:
@@ -147,7 +150,8 @@ class EngineSupervisor:
                 return None if exited.done() else link.lost.result()
             if now - before > 2 * pause + 1:
                 continue  # this process stood still itself: what the engine said meanwhile has yet to be read
-            if now - link.heard_at > policy.heartbeat_timeout:
+            silence_allowed = policy.heartbeat_timeout if self._handle.ready else policy.load_timeout
+            if now - link.heard_at > silence_allowed:
                 return f"it hangs: no sign of life for {now - link.heard_at:.1f} s"
             if link.busy_seconds > policy.step_timeout:
                 return f"it hangs: a step takes {link.busy_seconds:.1f} s"

@@ -69,7 +69,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serves until SIGTERM or SIGINT. Returns 2 if the configuration is wrong, 1 if it cannot be served."""
+    """Serves until SIGTERM or SIGINT. Returns 2 if the configuration is wrong, 1 if it cannot be served.
+
+    A second signal ends running requests at once; then 1 is returned, too.
+    """
     from kvfold_server.settings import SettingsError
 
     try:
@@ -90,6 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
         logging.getLogger(__name__).debug("the server ends", exc_info=True)
         print(f"kvfold serve: {error}", file=sys.stderr)
         return 1
+    except asyncio.CancelledError:
+        return 1
     return 0
 
 
@@ -101,8 +106,16 @@ async def _serve(settings: ServerSettings) -> None:
 
     application = Application(settings)
     loop = asyncio.get_running_loop()
+    serving = asyncio.current_task(loop)
+
+    def on_signal() -> None:
+        if application.stopping and serving is not None:
+            serving.cancel()  # asked again: without waiting for what runs
+        else:
+            application.stop()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, application.stop)
+        loop.add_signal_handler(number, on_signal)
     async with application:
         await application.run()
 

@@ -18,7 +18,7 @@ from kvfold_server.generation.request import GenerationRequest, SamplingParamete
 if TYPE_CHECKING:
     from pathlib import Path
 
-QUICK = SupervisionPolicy(heartbeat_timeout=2.0, step_timeout=2.0, first_delay=0.05, exit_timeout=1.0)
+QUICK = SupervisionPolicy(heartbeat_timeout=5.0, step_timeout=5.0, first_delay=0.05, exit_timeout=1.0)
 
 
 @dataclass

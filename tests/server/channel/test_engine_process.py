@@ -184,6 +184,24 @@ async def test_a_killed_engine_fails_what_it_began_restarts_and_serves_the_rest(
         assert (await read(engine.handle.submit(engine.request(PROMPT))))[0] == expected(PROMPT, 16)
 
 
+async def test_requests_do_not_wait_for_an_engine_that_cannot_start_again(
+    make_fake_model: MakeFakeModel, start_engine: StartEngine
+) -> None:
+    folder = make_fake_model(step_seconds=0.01)
+    async with start_engine(folder, max_running=1) as engine:
+        begun = engine.handle.submit(engine.request(PROMPT, 2000))
+        await begun.next()
+        untouched = engine.handle.submit(engine.request(PROMPT, 8))
+        (folder / "fake_engine.json").write_text('{"load_failure": "the disk is gone"}')
+        os.kill(engine.process_id, signal.SIGKILL)
+        for stream in (begun, untouched):
+            with pytest.raises(EngineUnavailableError):
+                await read(stream)
+        (folder / "fake_engine.json").write_text("{}")
+        await engine.until(ready=True)
+        assert (await read(engine.handle.submit(engine.request(PROMPT))))[0] == expected(PROMPT, 16)
+
+
 async def test_a_request_that_ends_engines_is_not_given_to_a_third(
     make_fake_model: MakeFakeModel, start_engine: StartEngine
 ) -> None:
