@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 QUESTION = {"messages": [{"role": "ROLE_USER", "content": "What is the capital of France?"}]}
 GREEDY = {"temperature": 0}
+FAKE = "kvfold_server.engine.fake:build_engine"
 
 
 def is_alive(process_id: int) -> bool:
@@ -85,6 +87,7 @@ def test_each_depth_holds_its_share_of_the_bytes(default_server: Any) -> None:
     with grpc.insecure_channel(default_server.address) as channel:
         info = model_pb2_grpc.ModelServiceStub(channel).GetModel(model_pb2.GetModelRequest(model="default"))
         layers, deepest = len(info.layers), len(info.plan.entries)
+        assert deepest >= 8
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         held = {}
         for depth in sorted({0, deepest // 2, deepest}):
@@ -142,8 +145,16 @@ def test_a_server_under_sigterm_finishes_what_runs(default_server: Any) -> None:
     assert not is_alive(engine)
 
 
-def test_a_killed_server_leaves_no_engine_behind(kvfold_serve: KvfoldServe, default_model_folder: Path) -> None:
-    with kvfold_serve("--model", str(default_model_folder), "--kv-memory", "256MiB") as server:
+@pytest.fixture
+def fake_model(tmp_path: Path, default_model_folder: Path) -> Path:
+    """What stands for a model where none has to be good: the fake engine, with the default model's tokenizer."""
+    shutil.copy(default_model_folder / "tokenizer.json", tmp_path)
+    (tmp_path / "fake_engine.json").write_text('{"step_seconds": 0.01}')
+    return tmp_path
+
+
+def test_a_killed_server_leaves_no_engine_behind(kvfold_serve: KvfoldServe, fake_model: Path) -> None:
+    with kvfold_serve("--model", str(fake_model), KVFOLD_ENGINE_FACTORY=FAKE) as server:
         (engine,) = server.engine_ids()
         server.process.kill()
         server.process.wait(10)
@@ -153,13 +164,13 @@ def test_a_killed_server_leaves_no_engine_behind(kvfold_serve: KvfoldServe, defa
             time.sleep(0.05)
 
 
-def test_a_second_signal_ends_the_server_at_once(kvfold_serve: KvfoldServe, default_model_folder: Path) -> None:
+def test_a_second_signal_ends_the_server_at_once(kvfold_serve: KvfoldServe, fake_model: Path) -> None:
     with (
-        kvfold_serve("--model", str(default_model_folder), "--kv-memory", "256MiB") as server,
+        kvfold_serve("--model", str(fake_model), KVFOLD_ENGINE_FACTORY=FAKE) as server,
         grpc.insecure_channel(server.address) as channel,
     ):
         call = generation_pb2_grpc.GenerationServiceStub(channel).GenerateStream(
-            generation_pb2.GenerateStreamRequest(prompt="One", stopping={"max_tokens": 4000, "ignore_eos": True})
+            generation_pb2.GenerateStreamRequest(token_ids={"ids": [20, 21]}, stopping={"max_tokens": 4000})
         )
         next(call)
         server.process.send_signal(signal.SIGINT)
