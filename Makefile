@@ -51,7 +51,7 @@ $(VENV)/.python:
 	@$(PYTHON) -m venv $(VENV) || { echo "The venv module is missing; on Debian or Ubuntu: apt install python3-venv"; exit 1; }
 	@touch $@
 
-INPUTS := pyproject.toml constraints.txt hatch_build.py $(wildcard proto/kvfold/*/*.proto proto/kvfold/*/*/*.proto)
+INPUTS := pyproject.toml constraints.txt hatch_build.py $(shell find proto server/kvfold_server/kv/native -name '*.proto' -o -name '*.cpp' -o -name '*.h' -o -name build.py)
 
 $(VENV)/.demo: $(VENV)/.python $(INPUTS)
 	$(PIP) install --constraint constraints.txt --editable '.[server]'

@@ -13,6 +13,8 @@ import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import grpc_tools
+from grpc_tools import protoc
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 if TYPE_CHECKING:
@@ -65,9 +67,6 @@ def load_module(path: Path) -> ModuleType:
 
 def generate(proto: Path, target: Path) -> None:
     """Generates modules and type stubs for every proto file below `proto` into `target`, replacing what was there."""
-    import grpc_tools
-    from grpc_tools import protoc
-
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     scripts = Path(sys.executable).parent

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from kvfold_server.models import default
 from kvfold_server.runtime import prepare_runtime
 
 if TYPE_CHECKING:
@@ -18,6 +19,4 @@ prepare_runtime()
 @pytest.fixture(scope="session")
 def default_model_folder() -> Path:
     """The prepared default model; fetched and converted the first time, then kept in the user's cache."""
-    from kvfold_server.models.default import default_model_folder
-
-    return default_model_folder()
+    return default.default_model_folder()

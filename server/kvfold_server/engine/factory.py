@@ -48,8 +48,14 @@ def build_engine(options: EngineOptions) -> EngineCore:
     plan_file = find_plan(options.plan, folder, model.geometry)
     if plan_file is None:
         return assemble_engine(model, folder, SharingPlan(model.geometry.layer_count), options)
-    strategy = plan_file.search.strategy
-    return assemble_engine(model, folder, plan_file.plan, options, strategy, plan_file.depth_quality)
+    return assemble_engine(
+        model,
+        folder,
+        plan_file.plan,
+        options,
+        plan_strategy=plan_file.search.strategy,
+        plan_quality=plan_file.depth_quality,
+    )
 
 
 def find_plan(path: str | None, folder: Path, geometry: CacheGeometry) -> PlanFile | None:
@@ -64,6 +70,7 @@ def assemble_engine(
     folder: Path,
     plan: SharingPlan,
     options: EngineOptions,
+    *,
     plan_strategy: str = "",
     plan_quality: tuple[DepthQuality, ...] = (),
 ) -> EngineCore:

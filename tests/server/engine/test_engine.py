@@ -74,7 +74,7 @@ def test_a_cancelled_request_has_no_blocks_left_before_the_next_step(pair: Engin
 
 def test_after_1000_requests_with_random_cancels_no_block_is_held() -> None:
     engine = tiny_engine(kv_memory_bytes=1 << 20, max_waiting=1000).engine
-    source = random.Random(5)
+    source = random.Random(5)  # noqa: S311 - a seeded choice of tests
     waiting = [
         make_request(
             index,
