@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types imports proto tests docs clean
+.PHONY: help demo test lint format types imports proto tests benchmarks docs clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,13 @@ format: $(VENV)/.dev ## Format the code and sort the imports
 docs: $(VENV)/.dev ## Write docs/api.md from the proto files
 	$(BIN)/python docs/api_generator.py
 
+benchmarks: $(VENV)/.benchmarks ## Measure beside other engines, on a quiet machine (an hour); TRACE=FILE.csv adds a replay
+	for name in vllm vllm-limited generate continuous; do $(BIN)/python benchmarks/compare.py $$name || exit; done
+	$(if $(TRACE),$(BIN)/python benchmarks/compare.py trace --trace $(TRACE))
+	$(BIN)/python benchmarks/floor.py
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/attention_kernel.py --json benchmarks/results/attention_kernel.json
+
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) generated build dist
 
@@ -59,4 +66,8 @@ $(VENV)/.demo: $(VENV)/.python $(INPUTS)
 
 $(VENV)/.dev: $(VENV)/.python $(INPUTS)
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.benchmarks: $(VENV)/.python $(INPUTS)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[benchmarks]'
 	@touch $@ $(VENV)/.demo
