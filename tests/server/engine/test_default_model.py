@@ -23,6 +23,8 @@ def prompts(default_model_folder: Path) -> list[list[int]]:
     return [tokens[37 * index : 37 * index + 1 + 5 * index] for index in range(50)]
 
 
+# 100 s on two free cores, most of them transformers'; far more where others share them.
+@pytest.mark.timeout(900)
 def test_50_prompts_in_mixed_batches_get_the_tokens_of_generate_one_by_one(
     default_model_folder: Path, prompts: list[list[int]]
 ) -> None:
