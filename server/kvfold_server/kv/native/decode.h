@@ -3,172 +3,19 @@
 //     for each tile of slots:  logits of all its heads | softmax weights | weighted values
 //                              while the rows of the next tile are being fetched
 //
-// Memory bounds it: the work on a tile hides the fetching of the next one. Weights and sums are fp32.
+// Memory bounds it: the work on a tile hides the fetching of the next one.
 #pragma once
 
 #include "finish.h"
-#include "scratch.h"
+#include "rows.h"
+#ifdef __AVX512BF16__
+#include "rows_bf16.h"
+#endif
 
 namespace kvfold {
 namespace {
 
-constexpr int GROUP = 16;           // slots whose dot products are made together
-constexpr int MAX_TILE = 64;        // slots of a tile, a multiple of GROUP
-constexpr int64_t TILE_BYTES = 64 << 10;  // rows of a tile at most, unless one GROUP has more: two tiles fit any second-level cache
-constexpr int HEADS_AT_ONCE = 4;    // query heads that share the reading of a value
-
-// Cache lines of the next tile that are asked for after a group of dot products, and before each value: more at once than the
-// processor can have under way would make it wait.
-constexpr int LINES_PER_PRODUCT = 8;
-constexpr int LINES_PER_VALUE = 2;
-
-// Slots of a tile: a multiple of GROUP that depends on the row's size alone.
-inline int tile_slots(const Cache &cache) {
-    int slots = MAX_TILE;
-    while (slots > GROUP && slots * cache.row_bytes > TILE_BYTES) slots /= 2;
-    return slots;
-}
-
-// The rows of slots [slot, slot + count); entries up to the next multiple of GROUP repeat the last row.
-struct Tile {
-    const char *rows[MAX_TILE];
-    int64_t slot;
-    int count;
-};
-
-inline void find_tile(const Cache &cache, const int32_t *table, int64_t slot, int64_t stop, int size, Tile &tile) {
-    const int64_t left = stop - slot;
-    tile.slot = slot;
-    tile.count = static_cast<int>(left < size ? left : size);
-    int64_t in_block = slot % cache.tokens_per_block;
-    const char *row = tile.count > 0 ? slot_row(cache, table, slot) : nullptr;
-    for (int i = 0; i < tile.count; ++i) {
-        tile.rows[i] = row;
-        row += cache.row_bytes;
-        if (++in_block == cache.tokens_per_block && i + 1 < tile.count) {
-            in_block = 0;
-            row = slot_row(cache, table, slot + i + 1);
-        }
-    }
-    for (int i = tile.count; i % GROUP != 0; ++i) tile.rows[i] = tile.rows[tile.count - 1];
-}
-
-// Fetches the rows of a tile into the cache, a few lines at a time between pieces of other work.
-class Fetcher {
-  public:
-    Fetcher(const Tile &tile, int64_t offset, int64_t bytes) : tile_(tile), offset_(offset), bytes_(bytes) {}
-
-    void fetch(int lines) {
-        while (lines-- > 0 && row_ < tile_.count) {
-            __builtin_prefetch(tile_.rows[row_] + offset_ + byte_, 0, 3);
-            byte_ += CACHE_LINE;
-            if (byte_ >= bytes_) {
-                byte_ = 0;
-                ++row_;
-            }
-        }
-    }
-
-  private:
-    const Tile &tile_;
-    int64_t offset_;
-    int64_t bytes_;
-    int64_t byte_ = 0;
-    int row_ = 0;
-};
-
-// Dot products of a query with the keys of GROUP rows, in fp32 whatever the page stores.
-template <class Model, class Page>
-struct RowProduct {
-    using Query = float;
-
-    static void prepare(const Model *query, int64_t dim, Query *prepared) {
-        for (int64_t d = 0; d < dim; d += CHUNK) write_natural(prepared + d, Page::arrange(read_natural(query + d)));
-    }
-
-    static void multiply(const Query *query, int64_t dim, const char *const *rows, int64_t offset, float *products) {
-        for (int t = 0; t < GROUP; t += LANES) {
-            Vec sums[LANES];
-            for (int i = 0; i < LANES; ++i) sums[i] = set1(0.0f);
-            for (int64_t d = 0; d < dim; d += CHUNK) {
-                const Chunk q = read_natural(query + d);
-                for (int i = 0; i < LANES; ++i) {
-                    const Chunk k = Page::read(rows[t + i] + offset, d);
-                    for (int v = 0; v < CHUNK_VECS; ++v) sums[i] = fma(q.v[v], k.v[v], sums[i]);
-                }
-            }
-            store(products + t, reduce_columns(sums));
-        }
-    }
-};
-
-#ifdef __AVX512BF16__
-// bf16 by bf16: the processor multiplies pairs and adds them in fp32.
-template <>
-struct RowProduct<Bf16, NumberPage<Bf16>> {
-    using Query = Bf16;
-
-    static void prepare(const Bf16 *query, int64_t dim, Query *prepared) {
-        std::memcpy(prepared, query, static_cast<size_t>(dim) * sizeof(Bf16));
-    }
-
-    static void multiply(const Query *query, int64_t dim, const char *const *rows, int64_t offset, float *products) {
-        Vec sums[GROUP];
-        for (int i = 0; i < GROUP; ++i) sums[i] = set1(0.0f);
-        for (int64_t d = 0; d < dim; d += 32) {
-            const __m512bh q = reinterpret_cast<__m512bh>(_mm512_loadu_si512(query + d));
-            for (int i = 0; i < GROUP; ++i) {
-                const char *k = rows[i] + offset + d * static_cast<int64_t>(sizeof(Bf16));
-                sums[i] = _mm512_dpbf16_ps(sums[i], q, reinterpret_cast<__m512bh>(_mm512_loadu_si512(k)));
-            }
-        }
-        store(products, reduce_columns(sums));
-    }
-};
-#endif
-
-// Adds the weighted values of a tile to CHUNKS chunks, from `d` on, of the sums of HEADS query heads, `dim` floats each.
-template <class Page, int HEADS, int CHUNKS>
-inline void accumulate(const Tile &tile, int64_t offset, int64_t d, int64_t dim, const float (*weights)[MAX_TILE],
-                       const float *corrections, float *sums, Fetcher &fetcher, int lines) {
-    Vec total[HEADS][CHUNKS][CHUNK_VECS];
-    for (int h = 0; h < HEADS; ++h) {
-        const Vec correction = set1(corrections[h]);
-        for (int c = 0; c < CHUNKS; ++c) {
-            for (int v = 0; v < CHUNK_VECS; ++v) {
-                total[h][c][v] = mul(correction, load(sums + h * dim + d + c * CHUNK + v * LANES));
-            }
-        }
-    }
-    for (int t = 0; t < tile.count; ++t) {
-        fetcher.fetch(lines);
-        Chunk values[CHUNKS];
-        for (int c = 0; c < CHUNKS; ++c) values[c] = Page::read(tile.rows[t] + offset, d + c * CHUNK);
-        for (int h = 0; h < HEADS; ++h) {
-            const Vec weight = set1(weights[h][t]);
-            for (int c = 0; c < CHUNKS; ++c) {
-                for (int v = 0; v < CHUNK_VECS; ++v) total[h][c][v] = fma(weight, values[c].v[v], total[h][c][v]);
-            }
-        }
-    }
-    for (int h = 0; h < HEADS; ++h) {
-        for (int c = 0; c < CHUNKS; ++c) {
-            for (int v = 0; v < CHUNK_VECS; ++v) store(sums + h * dim + d + c * CHUNK + v * LANES, total[h][c][v]);
-        }
-    }
-}
-
-template <class Page, int HEADS>
-inline void accumulate_heads(const Tile &tile, int64_t offset, int64_t dim, const float (*weights)[MAX_TILE],
-                             const float *corrections, float *sums, Fetcher &fetcher, int lines) {
-    int64_t d = 0;
-    for (; d + ACCUMULATED_CHUNKS * CHUNK <= dim; d += ACCUMULATED_CHUNKS * CHUNK) {
-        accumulate<Page, HEADS, ACCUMULATED_CHUNKS>(tile, offset, d, dim, weights, corrections, sums, fetcher, lines);
-    }
-    for (; d < dim; d += CHUNK) {
-        accumulate<Page, HEADS, 1>(tile, offset, d, dim, weights, corrections, sums, fetcher, lines);
-    }
-}
+constexpr int HEADS_AT_ONCE = 4;  // query heads of a KV head that share the reading of a row
 
 // What a decode task keeps for its query heads: prepared queries, weighted sums of values, and running softmaxes.
 template <class Query>
@@ -178,86 +25,134 @@ struct DecodeState {
     Running *running;
 };
 
-inline int64_t decode_scratch_bytes(const Cache &cache, int64_t heads) {
-    return round_to_lines(heads * cache.key_dim * 4) + round_to_lines(heads * cache.value_dim * 4) +
-           round_to_lines(heads * static_cast<int64_t>(sizeof(Running)));
+template <class Model, class Page>
+int64_t decode_scratch_bytes(const Cache &cache, int64_t heads) {
+    using Product = RowProduct<Model, Page>;
+    const auto element = static_cast<int64_t>(sizeof(typename Product::Query));
+    return round_to_lines(heads * Product::query_size(cache.key_dim) * element) +
+           round_to_lines(heads * cache.value_dim * 4) + round_to_lines(heads * static_cast<int64_t>(sizeof(Running)));
 }
 
-// Takes a tile into the state of `count` query heads, at most HEADS_AT_ONCE, of one KV head; `head` is the first of them.
-template <class Model, class Page, class State>
-inline void attend_tile(const Call &call, const Tile &tile, int64_t kv_head, int64_t head, int count, const State &state,
-                        Fetcher &fetcher) {
-    const Cache &cache = *call.cache;
-    const int64_t keys = key_offset(cache, kv_head);
-    const int64_t values = value_offset(cache, kv_head);
-    const int padded = (tile.count + GROUP - 1) / GROUP * GROUP;
-    alignas(64) float weights[HEADS_AT_ONCE][MAX_TILE];
-    float corrections[HEADS_AT_ONCE];
-    for (int t = 0; t < padded; t += GROUP) {
-        for (int h = 0; h < count; ++h) {
-            RowProduct<Model, Page>::multiply(state.queries + (head + h) * cache.key_dim, cache.key_dim, tile.rows + t, keys,
-                                              weights[h] + t);
-            fetcher.fetch(LINES_PER_PRODUCT);
+// Takes a tile's values into CHUNKS chunks, from dimension `d` on, of the sums of HEADS query heads, `dim` floats each.
+template <class Sum, int CHUNKS, int HEADS>
+inline void add_values(const Tile &tile, int64_t offset, int64_t d, int64_t dim,
+                       const typename Sum::Weight (&weights)[HEADS][MAX_TILE], const float *corrections, float *sums) {
+    Vec total[HEADS][CHUNKS][CHUNK_VECS];
+    for (int h = 0; h < HEADS; ++h) {
+        const Vec correction = set1(corrections[h]);
+        for (int c = 0; c < CHUNKS; ++c) {
+            for (int v = 0; v < CHUNK_VECS; ++v) {
+                total[h][c][v] = mul(correction, load(sums + h * dim + d + c * CHUNK + v * LANES));
+            }
         }
     }
-    for (int h = 0; h < count; ++h) {
-        products_to_logits(call, weights[h], padded);
-        mask_logits(weights[h], 0, padded, {0, tile.count});
-        corrections[h] = update(state.running[head + h], weights[h], padded);
+    Sum::add(tile, offset, d, weights, total);
+    for (int h = 0; h < HEADS; ++h) {
+        for (int c = 0; c < CHUNKS; ++c) {
+            for (int v = 0; v < CHUNK_VECS; ++v) store(sums + h * dim + d + c * CHUNK + v * LANES, total[h][c][v]);
+        }
     }
-    float *sums = state.sums + head * cache.value_dim;
+}
+
+// Takes a tile into the state of HEADS query heads of one KV head; `head` is the first of them. `lines` of the next tile are
+// asked for after each group of slots.
+template <class Model, class Page, int HEADS, class State>
+inline void attend_tile(const Call &call, const Tile &tile, int64_t kv_head, int64_t head, const State &state,
+                        Fetcher &fetcher, int64_t lines) {
+    using Product = RowProduct<Model, Page>;
+    using Sum = ValueSum<Model, Page>;
+    const Cache &cache = *call.cache;
+    const int slots = round_to_groups(tile.count);
+    alignas(64) float logits[HEADS][MAX_TILE];
+    alignas(64) typename Sum::Weight weights[HEADS][MAX_TILE];
+    float corrections[HEADS];
+
+    for (int t = 0; t < slots; t += GROUP) {
+        float *products[HEADS];
+        for (int h = 0; h < HEADS; ++h) products[h] = logits[h] + t;
+        Product::template multiply<HEADS>(state.queries + head * Product::query_size(cache.key_dim), cache.key_dim,
+                                          tile.rows + t, key_offset(cache, kv_head), products);
+        fetcher.fetch(lines);
+    }
+    for (int h = 0; h < HEADS; ++h) {
+        products_to_logits(call, logits[h], slots);
+        mask_logits(logits[h], 0, slots, {0, tile.count});
+        corrections[h] = update(state.running[head + h], logits[h], slots);
+        for (int t = 0; t < slots; t += LANES) store(weights[h] + t, load(logits[h] + t));
+    }
     const int64_t dim = cache.value_dim;
-    switch (count) {
-        case 1: return accumulate_heads<Page, 1>(tile, values, dim, weights, corrections, sums, fetcher, LINES_PER_VALUE);
-        case 2: return accumulate_heads<Page, 2>(tile, values, dim, weights, corrections, sums, fetcher, LINES_PER_VALUE);
-        case 3: return accumulate_heads<Page, 3>(tile, values, dim, weights, corrections, sums, fetcher, LINES_PER_VALUE);
-        default: return accumulate_heads<Page, HEADS_AT_ONCE>(tile, values, dim, weights, corrections, sums, fetcher, LINES_PER_VALUE);
+    const int64_t offset = value_offset(cache, kv_head);
+    float *sums = state.sums + head * dim;
+    int64_t d = 0;
+    for (; d + ACCUMULATED_CHUNKS * CHUNK <= dim; d += ACCUMULATED_CHUNKS * CHUNK) {
+        add_values<Sum, ACCUMULATED_CHUNKS>(tile, offset, d, dim, weights, corrections, sums);
+    }
+    for (; d + CHUNK <= dim; d += CHUNK) add_values<Sum, 1>(tile, offset, d, dim, weights, corrections, sums);
+}
+
+// Takes all slots of a task into the state of its `heads` query heads.
+template <class Model, class Page, class State>
+void attend_slots(const Call &call, const Task &task, int64_t heads, const State &state) {
+    const Cache &cache = *call.cache;
+    const Sequence &sequence = call.sequences[task.sequence];
+    const int32_t *table = block_table(cache, sequence.row, call.sources[task.sequence]);
+    const int64_t group = call.heads / cache.kv_heads;
+    const int64_t turns = (task.stop_head - task.first_head) * ((group + HEADS_AT_ONCE - 1) / HEADS_AT_ONCE);
+    const int size = tile_slots(cache);
+    Tile tiles[2];
+    int current = 0;
+    find_tile(cache, table, task.slots.first, task.slots.stop, size, tiles[0]);
+    Fetcher first(cache, tiles[0], task.first_head, task.stop_head);
+    first.fetch(first.lines());
+    while (tiles[current].count > 0) {
+        const Tile &tile = tiles[current];
+        Tile &next = tiles[1 - current];
+        find_tile(cache, table, tile.slot + tile.count, task.slots.stop, size, next);
+        Fetcher fetcher(cache, next, task.first_head, task.stop_head);
+        const int64_t lines = fetcher.lines() / (turns * round_to_groups(tile.count) / GROUP) + 1;
+        for (int64_t head = 0; head < heads;) {
+            const int64_t kv_head = task.first_head + head / group;
+            const int64_t left = group - head % group;
+            switch (left) {
+                case 1: attend_tile<Model, Page, 1>(call, tile, kv_head, head, state, fetcher, lines); break;
+                case 2: attend_tile<Model, Page, 2>(call, tile, kv_head, head, state, fetcher, lines); break;
+                case 3: attend_tile<Model, Page, 3>(call, tile, kv_head, head, state, fetcher, lines); break;
+                default: attend_tile<Model, Page, HEADS_AT_ONCE>(call, tile, kv_head, head, state, fetcher, lines);
+            }
+            head += left < HEADS_AT_ONCE ? left : HEADS_AT_ONCE;
+        }
+        current = 1 - current;
     }
 }
 
 template <class Model, class Page>
 void decode(const Call &call, const Task &task, char *scratch) {
     using Product = RowProduct<Model, Page>;
+    using Order = typename ValueSum<Model, Page>::Order;
     const Cache &cache = *call.cache;
-    const Sequence &sequence = call.sequences[task.sequence];
-    const int32_t *table = block_table(cache, sequence.row, call.sources[task.sequence]);
+    const int64_t token = call.sequences[task.sequence].first_token;
     const int64_t group = call.heads / cache.kv_heads;
     const int64_t first_head = task.first_head * group;
     const int64_t heads = task.stop_head * group - first_head;
+    const int64_t query_size = Product::query_size(cache.key_dim);
     DecodeState<typename Product::Query> state;
-    state.queries = take<typename Product::Query>(scratch, heads * cache.key_dim);
+    state.queries = take<typename Product::Query>(scratch, heads * query_size);
     state.sums = take<float>(scratch, heads * cache.value_dim);
     state.running = take<Running>(scratch, heads);
 
-    const Model *query = reinterpret_cast<const Model *>(call.query) + sequence.first_token * call.query_token;
+    const Model *query = reinterpret_cast<const Model *>(call.query) + token * call.query_token;
     for (int64_t h = 0; h < heads; ++h) {
-        Product::prepare(query + (first_head + h) * call.query_head, cache.key_dim, state.queries + h * cache.key_dim);
+        Product::prepare(query + (first_head + h) * call.query_head, cache.key_dim, state.queries + h * query_size);
         state.running[h] = {NO_LOGIT, 0.0f};
     }
     for (int64_t i = 0; i < heads * cache.value_dim; ++i) state.sums[i] = 0.0f;
 
-    const int size = tile_slots(cache);
-    Tile tiles[2];
-    int current = 0;
-    find_tile(cache, table, task.slots.first, task.slots.stop, size, tiles[0]);
-    while (tiles[current].count > 0) {
-        const Tile &tile = tiles[current];
-        Tile &next = tiles[1 - current];
-        find_tile(cache, table, tile.slot + tile.count, task.slots.stop, size, next);
-        Fetcher fetcher(next, 0, cache.row_bytes);
-        for (int64_t head = 0; head < heads;) {
-            const int64_t left = group - head % group;
-            const int count = static_cast<int>(left < HEADS_AT_ONCE ? left : HEADS_AT_ONCE);
-            attend_tile<Model, Page>(call, tile, task.first_head + head / group, head, count, state, fetcher);
-            head += count;
-        }
-        current = 1 - current;
-    }
+    attend_slots<Model, Page>(call, task, heads, state);
 
     for (int64_t h = 0; h < heads; ++h) {
         const float *sums = state.sums + h * cache.value_dim;
         if (task.partial == NO_PARTIAL) {
-            write_output<Model, Page>(call, sequence.first_token, first_head + h, sums, state.running[h]);
+            write_output<Model, Order>(call, token, first_head + h, sums, state.running[h]);
         } else {
             write_partial(call, task.partial, first_head + h, sums, state.running[h]);
         }

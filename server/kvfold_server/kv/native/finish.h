@@ -46,7 +46,7 @@ inline void write_partial(const Call &call, int64_t partial, int64_t head, const
 }
 
 // Brings the partial results of a decode query together, always in the order of its slots.
-template <class Model, class Page>
+template <class Model, class Order>
 void merge(const Call &call, const Merge &merged) {
     const int64_t dim = call.cache->value_dim;
     const int64_t token = call.sequences[merged.sequence].first_token;
@@ -63,7 +63,7 @@ void merge(const Call &call, const Merge &merged) {
             }
             running = {top, running.sum * mine + other[dim + 1] * theirs};
         }
-        write_output<Model, Page>(call, token, head, sums, running);
+        write_output<Model, Order>(call, token, head, sums, running);
     }
 }
 

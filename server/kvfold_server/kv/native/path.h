@@ -7,15 +7,17 @@
 namespace kvfold {
 namespace {
 
-inline int64_t scratch_bytes(const Cache &cache, int64_t heads) {
-    const int64_t decoding = decode_scratch_bytes(cache, heads);
+template <class Model, class Page>
+int64_t scratch_bytes(const Cache &cache, int64_t heads) {
+    const int64_t decoding = decode_scratch_bytes<Model, Page>(cache, heads);
     const int64_t prefilling = prefill_scratch_bytes(cache, heads);
     return decoding > prefilling ? decoding : prefilling;
 }
 
 template <class Model, class Page, class Product = Fp32Product<Model, Page>>
 const Kernels *kernels_of() {
-    static const Kernels kernels = {decode<Model, Page>, prefill<Model, Product>, merge<Model, Page>, scratch_bytes};
+    static const Kernels kernels = {decode<Model, Page>, prefill<Model, Product>,
+                                    merge<Model, typename ValueSum<Model, Page>::Order>, scratch_bytes<Model, Page>};
     return &kernels;
 }
 

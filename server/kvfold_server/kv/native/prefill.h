@@ -8,6 +8,9 @@
 #pragma once
 
 #include "product.h"
+#ifdef __AVX512BF16__
+#include "product_bf16.h"
+#endif
 #include "scratch.h"
 
 namespace kvfold {
