@@ -3,7 +3,9 @@
     python benchmarks/attention_kernel.py [--json FILE] [--repeats 7] [--path avx512_bf16] [--shapes 9/3/64]
 
 Decode: KV bytes read per second, beside a plain read of the same memory; each repeat measures both, one after the
-other. The step cycles through the pages of so many layers that nothing stays in cache. Prefill: time of one chunk at
+other. The step cycles through the pages of so many layers that nothing stays in cache. The pages lie as a pool hands
+them out that all sequences grow from, one page a layer at a time (`grown`), or in any order, as in a pool that has
+served for long (`random`); plain reading is always in order. Prefill: time of one chunk at
 the end of a context, beside torch's scaled_dot_product_attention on contiguous tensors of the same shape. Medians over
 the repeats, and the spread.
 """
@@ -70,6 +72,7 @@ class DecodeFigure:
 
     shape: str
     dtype: str
+    order: str
     batch: int
     context: int
     layers: int
@@ -96,15 +99,18 @@ class PrefillFigure:
     ratio_max: float
 
 
-def make_backend(setting: Setting, batch: int, context: int, layers: int) -> NativeBackend:
-    """A backend whose tables hold `context` tokens of `batch` sequences at each layer, in pages in random order."""
+def make_backend(setting: Setting, batch: int, context: int, layers: int, order: str) -> NativeBackend:
+    """A backend whose tables hold `context` tokens of `batch` sequences at each layer."""
     kind = LayerKind(None, "rope", setting.kv_heads, setting.dim, setting.dim)
     geometry = CacheGeometry((kind,) * layers, setting.dtype.itemsize)
     blocks = geometry.blocks_for(context)
     arena = Arena(geometry, batch * layers * blocks, setting.dtype, torch.device("cpu"))
     arena.rows.normal_()
-    pages = 1 + torch.randperm(arena.block_count, dtype=torch.int32)
-    return NativeBackend(arena, pages.view(batch, layers, blocks), setting.path)
+    if order == "random":
+        pages = torch.randperm(arena.block_count).view(batch, layers, blocks)
+    else:
+        pages = torch.arange(arena.block_count).view(blocks, batch, layers).permute(1, 2, 0)
+    return NativeBackend(arena, (1 + pages).int().contiguous(), setting.path)
 
 
 def make_batch(batch: int, context: int, queries: int, layers: int) -> StepBatch:
@@ -128,11 +134,11 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure_decode(setting: Setting, batch: int, context: int, repeats: int) -> DecodeFigure:
+def measure_decode(setting: Setting, order: str, batch: int, context: int, repeats: int) -> DecodeFigure:
     """Decode of `batch` sequences over all layers of a pool."""
     layer_bytes = batch * context * setting.token_bytes
     layers = max(2, -(-POOL_BYTES // layer_bytes))
-    backend = make_backend(setting, batch, context, layers)
+    backend = make_backend(setting, batch, context, layers, order)
     backend.begin(make_batch(batch, context, 1, layers))
     query = torch.randn(batch, setting.heads, setting.dim).to(setting.dtype)
     words = backend.arena.rows.view(torch.int32)
@@ -151,6 +157,7 @@ def measure_decode(setting: Setting, batch: int, context: int, repeats: int) -> 
     return DecodeFigure(
         shape=setting.shape,
         dtype=setting.dtype_name,
+        order=order,
         batch=batch,
         context=context,
         layers=layers,
@@ -165,7 +172,7 @@ def measure_decode(setting: Setting, batch: int, context: int, repeats: int) -> 
 
 def measure_prefill(setting: Setting, chunk: int, context: int, repeats: int) -> PrefillFigure:
     """One sequence's chunk at the end of its context, in turn with torch on the same amount of work."""
-    backend = make_backend(setting, 1, context, 2)
+    backend = make_backend(setting, 1, context, 2, "grown")
     backend.begin(make_batch(1, context, chunk, 2))
     query = torch.randn(chunk, setting.heads, setting.dim).to(setting.dtype)
     dense_query = query.transpose(0, 1)[None].contiguous()
@@ -205,6 +212,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--shapes", nargs="+", default=["9/3/64", "32/8/128"], help="heads/KV heads/head dimension")
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=DTYPES)
+    parser.add_argument("--orders", nargs="+", default=["grown", "random"], choices=["grown", "random"])
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 64])
     parser.add_argument("--contexts", nargs="*", type=int, default=[1024, 8192])
     parser.add_argument("--chunks", nargs="*", type=int, default=[128, 512])
@@ -222,8 +230,8 @@ def main() -> int:
     sys.stdout.write(f"threads: {torch.get_num_threads()}\n")
 
     decodes: list[DecodeFigure] = []
-    for setting, batch, context in product(settings, arguments.batches, arguments.contexts):
-        decodes.append(measure_decode(setting, batch, context, arguments.repeats))
+    for setting, order, batch, context in product(settings, arguments.orders, arguments.batches, arguments.contexts):
+        decodes.append(measure_decode(setting, order, batch, context, arguments.repeats))
         print_row(decodes)
 
     prefills: list[PrefillFigure] = []

@@ -14,6 +14,7 @@ from kvfold_server.engine.memory_size import default_kv_bytes
 from kvfold_server.engine.runner import Runner
 from kvfold_server.generation.model_info import DepthQuality, ModelInfo
 from kvfold_server.kv.arena import Arena
+from kvfold_server.kv.backends.base import BackendUnavailableError
 from kvfold_server.kv.backends.registry import BACKENDS
 from kvfold_server.models.loading import DTYPES, load_patched_model
 from kvfold_server.models.source import resolve_model
@@ -91,7 +92,10 @@ def assemble_engine(
     tables = torch.frombuffer(scheduler.tables.entries, dtype=torch.int32).view(
         limits.max_running, geometry.layer_count, scheduler.tables.blocks_per_layer
     )
-    backend = BACKENDS[options.attention_backend](arena, tables)
+    try:
+        backend = BACKENDS[options.attention_backend](arena, tables)
+    except BackendUnavailableError as error:
+        raise EngineOptionsError(str(error)) from error
     model.attach(backend)
     info = ModelInfo(
         architecture=model.architecture,

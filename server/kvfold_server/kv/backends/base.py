@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from kvfold_server.kv.step_batch import StepBatch
 
 
+class BackendUnavailableError(RuntimeError):
+    """A backend cannot run on this machine or serve this arena; the text says why, in words for an operator."""
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
     """The constants of one layer's attention.

@@ -1,7 +1,7 @@
 // Where the values of a slot lie, and which slots a query sees.
 //
-// These are plain structs with static functions: every path is compiled with its own instruction set, and a function that the
-// linker could share between them might carry instructions that the machine lacks.
+// These are plain structs with static functions: every path is compiled with its own instruction set, and a function
+// that the linker could share between them might carry instructions that the machine lacks.
 #pragma once
 
 #include <cstddef>
@@ -25,8 +25,8 @@ struct Cache {
     int64_t block_bytes;
 };
 
-// One sequence of a step. Its queries are tokens [first_token, first_token + query_count) of the packed batch; the last of
-// them is the last of its `length` tokens.
+// One sequence of a step. Its queries are tokens [first_token, first_token + query_count) of the packed batch; the last
+// of them is the last of its `length` tokens.
 struct Sequence {
     int64_t row;
     int64_t first_token;

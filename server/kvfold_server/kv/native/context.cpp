@@ -8,7 +8,8 @@ namespace {
 
 constexpr int64_t CACHE_LINE = 64;
 
-// Work that one thread does before another has woken up is not worth sharing; in the plan's units, about 10 microseconds.
+// Work that one thread does before another has woken up is not worth sharing; in the plan's units, about 10
+// microseconds.
 constexpr int64_t SHARED_COST = 40'000;
 
 Plan &plan_for(Context &context, int64_t heads, int64_t window) {

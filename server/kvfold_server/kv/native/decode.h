@@ -54,8 +54,8 @@ inline void add_values(const Tile &tile, int64_t offset, int64_t d, int64_t dim,
     }
 }
 
-// Takes a tile into the state of HEADS query heads of one KV head; `head` is the first of them. `lines` of the next tile are
-// asked for after each group of slots.
+// Takes a tile into the state of HEADS query heads of one KV head; `head` is the first of them. `lines` of the next
+// tile are asked for after each group of slots.
 template <class Model, class Page, int HEADS, class State>
 inline void attend_tile(const Call &call, const Tile &tile, int64_t kv_head, int64_t head, const State &state,
                         Fetcher &fetcher, int64_t lines) {

@@ -1,7 +1,7 @@
 // The C interface of the native attention library, as `kvfold_server/kv/backends/native.py` calls it through ctypes.
 //
-// One context serves one arena. A step is `begin`, then for each layer `write` and `attend`; calls of one context must not
-// overlap. Functions that can fail return 0 or one of the error codes below; nothing throws across this boundary.
+// One context serves one arena. A step is `begin`, then for each layer `write` and `attend`; calls of one context must
+// not overlap. Functions that can fail return 0 or one of the error codes below; nothing throws across this boundary.
 #pragma once
 
 #include <cstdint>
@@ -21,9 +21,9 @@ enum Number : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 // Instruction sets, from the most portable to the most special.
 enum Path : int32_t { PLAIN = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, PATH_COUNT = 4, BEST_PATH = -1 };
 
-// The arena and the block tables; see kvfold_server/kv/arena.py and kvfold_scheduler/block_tables.py. The memory stays the
-// caller's and must outlive the context. `parallel` is GOMP_parallel of the OpenMP runtime that the process already runs,
-// or null: then everything runs on the calling thread.
+// The arena and the block tables; see kvfold_server/kv/arena.py and kvfold_scheduler/block_tables.py. The memory stays
+// the caller's and must outlive the context. `parallel` is GOMP_parallel of the OpenMP runtime that the process already
+// runs, or null: then everything runs on the calling thread.
 struct CacheConfig {
     char *arena;
     const int32_t *tables;
@@ -56,17 +56,19 @@ KVFOLD_EXPORT void kvfold_destroy(kvfold::Context *context);
 // The path that the context uses.
 KVFOLD_EXPORT int32_t kvfold_path(const kvfold::Context *context);
 
-// Takes over a step's layout (copied): B sequences; rows [B], query_starts [B + 1], kv_lengths [B], sources [layers, B].
+// Takes over a step's layout (copied): B sequences; rows [B], query_starts [B + 1], kv_lengths [B], sources [layers,
+// B].
 KVFOLD_EXPORT int32_t kvfold_begin(kvfold::Context *context, int32_t threads, int64_t sequences, const int64_t *rows,
                                    const int64_t *query_starts, const int64_t *kv_lengths, const int64_t *sources);
 
-// Stores K and V of the first `tokens` tokens in the tables of `layer`. Strides are in values, of token, head, dimension.
+// Stores K and V of the first `tokens` tokens in the tables of `layer`. Strides are in values, of token, head,
+// dimension.
 KVFOLD_EXPORT int32_t kvfold_write(kvfold::Context *context, int64_t layer, int64_t tokens, const char *key,
                                    int64_t key_token, int64_t key_head, int64_t key_value, const char *value,
                                    int64_t value_token, int64_t value_head, int64_t value_value);
 
 // Attends with query [N, heads, key_dim] (strides in values; the last one is 1) and fills out [N, heads, value_dim],
 // contiguous. window: 0 for none. softcap: 0 for none. sinks [heads] or null.
-KVFOLD_EXPORT int32_t kvfold_attend(kvfold::Context *context, int64_t layer, int64_t heads, int64_t window, float scaling,
-                                    float softcap, const float *sinks, const char *query, int64_t query_token,
-                                    int64_t query_head, char *out);
+KVFOLD_EXPORT int32_t kvfold_attend(kvfold::Context *context, int64_t layer, int64_t heads, int64_t window,
+                                    float scaling, float softcap, const float *sinks, const char *query,
+                                    int64_t query_token, int64_t query_head, char *out);

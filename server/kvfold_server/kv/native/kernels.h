@@ -23,8 +23,8 @@ struct Call {
     float *partials;
 };
 
-// A part of one sequence's attention that one thread computes. Decode: one query over slots [slots.first, slots.stop), KV
-// heads [first_head, stop_head). Prefill: queries [first_query, first_query + query_count), over all that they see.
+// A part of one sequence's attention that one thread computes. Decode: one query over slots [slots.first, slots.stop),
+// KV heads [first_head, stop_head). Prefill: queries [first_query, first_query + query_count), over all that they see.
 struct Task {
     bool decodes;
     int64_t sequence;
@@ -60,8 +60,8 @@ struct Kernels {
     int64_t (*scratch_bytes)(const Cache &cache, int64_t heads);
 };
 
-// Query rows (tokens times query heads of one KV head) of a prefill task: enough to make packing its keys cheap, few enough
-// that its state stays in the second-level cache.
+// Query rows (tokens times query heads of one KV head) of a prefill task: enough to make packing its keys cheap, few
+// enough that its state stays in the second-level cache.
 constexpr int64_t PREFILL_ROWS = 96;
 
 static inline int64_t prefill_tokens(int64_t group) { return group < PREFILL_ROWS ? PREFILL_ROWS / group : 1; }

@@ -10,6 +10,7 @@ from typing import Final
 
 import torch
 
+from kvfold_server.kv.backends.base import BackendUnavailableError
 from kvfold_server.kv.native.build import LIBRARY_NAME, SOURCE_FOLDER
 
 INTERFACE_VERSION: Final = 1
@@ -26,7 +27,7 @@ class SimdPath(IntEnum):
     AVX512_BF16 = 3
 
 
-class NativeUnavailableError(RuntimeError):
+class NativeUnavailableError(BackendUnavailableError):
     """Native attention cannot run here; the text says why, and what would help."""
 
 

@@ -1,4 +1,5 @@
-// The stored numbers, as types, and the vectors that a page is read in. Included once by each path, inside its own namespace.
+// The stored numbers, as types, and the vectors that a page is read in. Included once by each path, inside its own
+// namespace.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 // Page formats: how one head's key or value of a token is stored in its row.
 //
-// A format reads chunks of CHUNK_VECS vectors, in whatever order is cheapest; `arrange` brings a query into that order and
-// `restore` brings a result back. Keys and values of different formats need nothing else from the kernels.
+// A format reads chunks of CHUNK_VECS vectors, in whatever order is cheapest; `arrange` brings a query into that order
+// and `restore` brings a result back. Keys and values of different formats need nothing else from the kernels.
 #pragma once
 
 #include "numbers.h"

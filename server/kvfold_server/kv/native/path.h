@@ -1,4 +1,5 @@
-// The table of a path's functions. A path_*.cpp includes one simd_*.h and this, and is compiled for its instruction set.
+// The table of a path's functions. A path_*.cpp includes one simd_*.h and this, and is compiled for its instruction
+// set.
 #pragma once
 
 #include "decode.h"

@@ -11,8 +11,8 @@ constexpr int64_t PARTITION_SLOTS = 512;
 // Partitions start at multiples of this, which is the tile of the decode kernel.
 constexpr int64_t PARTITION_ALIGNMENT = 16;
 
-// With fewer tasks than this for each thread, decode tasks are cut by KV head too, which changes no result: more tasks make
-// the threads finish together, larger ones read memory in longer runs.
+// With fewer tasks than this for each thread, decode tasks are cut by KV head too, which changes no result: more tasks
+// make the threads finish together, larger ones read memory in longer runs.
 constexpr int64_t TASKS_PER_THREAD = 8;
 
 // Costs in processor cycles, roughly; only their ratios matter.
@@ -72,7 +72,8 @@ void add_prefill(Plan &plan, const Cache &cache, const Sequence &sequence, int64
 
 }  // namespace
 
-Plan make_plan(const Cache &cache, const std::vector<Sequence> &sequences, int64_t heads, int64_t window, int32_t threads) {
+Plan make_plan(const Cache &cache, const std::vector<Sequence> &sequences, int64_t heads, int64_t window,
+               int32_t threads) {
     Plan plan{window, heads, 0, 0, {}, {}, std::vector<int64_t>(sequences.size(), NO_MERGE), {}};
     int64_t whole_tasks = 0;
     for (const Sequence &sequence : sequences) {
@@ -87,7 +88,8 @@ Plan make_plan(const Cache &cache, const std::vector<Sequence> &sequences, int64
             add_prefill(plan, cache, sequences[index], static_cast<int64_t>(index));
         }
     }
-    std::stable_sort(plan.tasks.begin(), plan.tasks.end(), [](const Task &a, const Task &b) { return a.cost > b.cost; });
+    std::stable_sort(plan.tasks.begin(), plan.tasks.end(),
+                     [](const Task &a, const Task &b) { return a.cost > b.cost; });
     for (const Task &task : plan.tasks) plan.total_cost += task.cost;
     return plan;
 }

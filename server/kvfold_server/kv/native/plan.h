@@ -22,8 +22,9 @@ struct Plan {
 
 constexpr int64_t NO_MERGE = -1;
 
-// How a sequence is cut into partial results depends on that sequence alone, so that its output does not depend, to the last
-// bit, on what else is in the batch or on the number of threads.
-Plan make_plan(const Cache &cache, const std::vector<Sequence> &sequences, int64_t heads, int64_t window, int32_t threads);
+// How a sequence is cut into partial results depends on that sequence alone, so that its output does not depend, to the
+// last bit, on what else is in the batch or on the number of threads.
+Plan make_plan(const Cache &cache, const std::vector<Sequence> &sequences, int64_t heads, int64_t window,
+               int32_t threads);
 
 }  // namespace kvfold

@@ -3,8 +3,8 @@
 //     query rows (token, head of the group) | K packed [dim][SPAN] | V packed [SPAN][dim]
 //     for each tile of SPAN slots: pack K and V once; for each block of rows: logits, softmax weights, sums
 //
-// Tiles begin at multiples of SPAN slots and a row's arithmetic does not look at other rows, so a token's result does not
-// depend on how its prompt was cut into chunks.
+// Tiles begin at multiples of SPAN slots and a row's arithmetic does not look at other rows, so a token's result does
+// not depend on how its prompt was cut into chunks.
 #pragma once
 
 #include "product.h"
@@ -33,65 +33,98 @@ inline int64_t prefill_scratch_bytes(const Cache &cache, int64_t heads) {
            round_to_lines(rows * static_cast<int64_t>(sizeof(Running)));
 }
 
+// What a prefill task keeps: its queries and one tile, packed, and for each query row the weighted sum of values and
+// the running softmax.
+template <class Product>
+struct PrefillState {
+    using Element = typename Product::Element;
+
+    int64_t group;  // query heads of the KV head: row r is head r % group of query r / group
+    int64_t rows;
+    int64_t depth;  // elements of a packed query
+    Element *queries;
+    Element *keys;
+    Element *values;
+    float *sums;
+    Running *running;
+};
+
+template <class Product>
+inline PrefillState<Product> lay_out(const Cache &cache, int64_t group, int64_t queries, char *scratch) {
+    using Element = typename Product::Element;
+    PrefillState<Product> state;
+    state.group = group;
+    state.rows = queries * group;
+    state.depth = cache.key_dim / Product::DEPTH;
+    const int64_t padded_rows = round_to_blocks(state.rows);
+    state.queries = take<Element>(scratch, padded_rows * state.depth);
+    state.keys = take<Element>(scratch, state.depth * SPAN);
+    state.values = take<Element>(scratch, cache.value_dim * SPAN / Product::DEPTH);
+    state.sums = take<float>(scratch, padded_rows * cache.value_dim);
+    state.running = take<Running>(scratch, state.rows);
+    for (int64_t i = state.rows * state.depth; i < padded_rows * state.depth; ++i) state.queries[i] = Element();
+    for (int64_t i = 0; i < padded_rows * cache.value_dim; ++i) state.sums[i] = 0.0f;
+    for (int64_t row = 0; row < state.rows; ++row) state.running[row] = {NO_LOGIT, 0.0f};
+    return state;
+}
+
+// Takes the packed tile from `slot` on into the state of the rows.
+template <class Product>
+void attend_span(const Call &call, const Task &task, int64_t slot, const PrefillState<Product> &state) {
+    using Element = typename Product::Element;
+    const Cache &cache = *call.cache;
+    const Sequence &sequence = call.sequences[task.sequence];
+    alignas(64) float logits[BLOCK_ROWS][SPAN];
+    alignas(64) typename Product::Weight weights[BLOCK_ROWS][SPAN] = {};
+    float corrections[BLOCK_ROWS] = {};
+    for (int64_t row = 0; row < state.rows; row += BLOCK_ROWS) {
+        const int count = static_cast<int>(state.rows - row < BLOCK_ROWS ? state.rows - row : BLOCK_ROWS);
+        const int64_t first_query = task.first_query + row / state.group;
+        const int64_t last_query = task.first_query + (row + count - 1) / state.group;
+        const SlotRange first = visible_slots(sequence, first_query, call.window);
+        const SlotRange last = visible_slots(sequence, last_query, call.window);
+        if (last.stop <= slot || first.first >= slot + SPAN) continue;
+        const bool whole = last.first <= slot && first.stop >= slot + SPAN;
+        multiply<Product>(state.queries + row * state.depth, state.depth, state.keys, SPAN, state.depth, logits[0],
+                          nullptr);
+        products_to_logits(call, logits[0], count * SPAN);
+        for (int r = 0; r < count; ++r) {
+            const int64_t query = task.first_query + (row + r) / state.group;
+            if (!whole) mask_logits(logits[r], slot, SPAN, visible_slots(sequence, query, call.window));
+            corrections[r] = update(state.running[row + r], logits[r], SPAN);
+            for (int i = 0; i < SPAN; i += LANES) store(weights[r] + i, load(logits[r] + i));
+        }
+        multiply<Product>(reinterpret_cast<const Element *>(weights[0]), SPAN / Product::DEPTH, state.values,
+                          static_cast<int>(cache.value_dim), SPAN / Product::DEPTH, state.sums + row * cache.value_dim,
+                          corrections);
+    }
+}
+
 template <class Model, class Product>
 void prefill(const Call &call, const Task &task, char *scratch) {
-    using Element = typename Product::Element;
     const Cache &cache = *call.cache;
     const Sequence &sequence = call.sequences[task.sequence];
     const int32_t *table = block_table(cache, sequence.row, call.sources[task.sequence]);
     const int64_t group = call.heads / cache.kv_heads;
-    const int64_t rows = task.query_count * group;
-    const int64_t depth = cache.key_dim / Product::DEPTH;
     const int64_t first_token = sequence.first_token + task.first_query;
     const int64_t first_head = task.first_head * group;
-    const int64_t padded_rows = round_to_blocks(rows);
-    Element *queries = take<Element>(scratch, padded_rows * depth);
-    Element *keys = take<Element>(scratch, depth * SPAN);
-    Element *values = take<Element>(scratch, cache.value_dim * SPAN / Product::DEPTH);
-    float *sums = take<float>(scratch, padded_rows * cache.value_dim);
-    Running *running = take<Running>(scratch, rows);
-
-    for (int64_t row = 0; row < rows; ++row) {
-        const Model *query = reinterpret_cast<const Model *>(call.query) + (first_token + row / group) * call.query_token +
-                             (first_head + row % group) * call.query_head;
-        Product::pack_query(query, cache.key_dim, queries + row * depth);
-        running[row] = {NO_LOGIT, 0.0f};
+    const PrefillState<Product> state = lay_out<Product>(cache, group, task.query_count, scratch);
+    for (int64_t row = 0; row < state.rows; ++row) {
+        const int64_t token = first_token + row / group;
+        const int64_t offset = token * call.query_token + (first_head + row % group) * call.query_head;
+        Product::pack_query(reinterpret_cast<const Model *>(call.query) + offset, cache.key_dim,
+                            state.queries + row * state.depth);
     }
-    for (int64_t i = rows * depth; i < padded_rows * depth; ++i) queries[i] = Element();
-    for (int64_t i = 0; i < padded_rows * cache.value_dim; ++i) sums[i] = 0.0f;
-    alignas(64) float logits[BLOCK_ROWS][SPAN];
-    alignas(64) typename Product::Weight weights[BLOCK_ROWS][SPAN] = {};
-    float corrections[BLOCK_ROWS] = {};
-
     for (int64_t slot = task.slots.first / SPAN * SPAN; slot < task.slots.stop; slot += SPAN) {
-        const char *slot_rows[SPAN];
-        find_rows(cache, table, slot, task.slots.stop, slot_rows);
-        Product::pack_keys(slot_rows, key_offset(cache, task.first_head), cache.key_dim, keys);
-        Product::pack_values(slot_rows, value_offset(cache, task.first_head), cache.value_dim, values);
-        for (int64_t row = 0; row < rows; row += BLOCK_ROWS) {
-            const int count = static_cast<int>(rows - row < BLOCK_ROWS ? rows - row : BLOCK_ROWS);
-            const SlotRange first = visible_slots(sequence, task.first_query + row / group, call.window);
-            const SlotRange last = visible_slots(sequence, task.first_query + (row + count - 1) / group, call.window);
-            if (last.stop <= slot || first.first >= slot + SPAN) continue;
-            const bool whole = last.first <= slot && first.stop >= slot + SPAN;
-            multiply<Product>(queries + row * depth, depth, keys, SPAN, depth, logits[0], nullptr);
-            products_to_logits(call, logits[0], count * SPAN);
-            for (int r = 0; r < count; ++r) {
-                if (!whole) {
-                    const SlotRange visible = visible_slots(sequence, task.first_query + (row + r) / group, call.window);
-                    mask_logits(logits[r], slot, SPAN, visible);
-                }
-                corrections[r] = update(running[row + r], logits[r], SPAN);
-                for (int i = 0; i < SPAN; i += LANES) store(weights[r] + i, load(logits[r] + i));
-            }
-            multiply<Product>(reinterpret_cast<const Element *>(weights[0]), SPAN / Product::DEPTH, values,
-                              cache.value_dim, SPAN / Product::DEPTH, sums + row * cache.value_dim, corrections);
-        }
+        const char *rows[SPAN];
+        find_rows(cache, table, slot, task.slots.stop, rows);
+        Product::pack_keys(rows, key_offset(cache, task.first_head), cache.key_dim, state.keys);
+        Product::pack_values(rows, value_offset(cache, task.first_head), cache.value_dim, state.values);
+        attend_span(call, task, slot, state);
     }
-
-    for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < state.rows; ++row) {
         write_output<Model, typename Product::Order>(call, first_token + row / group, first_head + row % group,
-                                                     sums + row * cache.value_dim, running[row]);
+                                                     state.sums + row * cache.value_dim, state.running[row]);
     }
 }
 

@@ -9,8 +9,8 @@
 namespace kvfold {
 namespace {
 
-constexpr int SPAN = 64;        // slots of a prefill tile
-constexpr int BLOCK_ROWS = 6;   // query rows of a block of a product: fills the registers without spilling
+constexpr int SPAN = 64;       // slots of a prefill tile
+constexpr int BLOCK_ROWS = 6;  // query rows of a block of a product: fills the registers without spilling
 
 // Products in fp32, for every model number and page format.
 template <class Model, class Page>
@@ -56,23 +56,24 @@ struct Fp32Product {
     }
 };
 
-// Columns of a product: result[BLOCK_ROWS][VECS * LANES] = factors * result + left * right; without factors, = left * right.
-// Strides are in elements of each array; `depth` is the number of elements of the inner dimension.
+// Columns of a product: result[BLOCK_ROWS][VECS * LANES] = factors * result + left * right; without factors, = left *
+// right. Strides are in elements of each array; `depth` is the number of elements of the inner dimension.
 template <class Product, int VECS>
 inline void multiply_columns(const typename Product::Element *left, int64_t left_stride,
-                           const typename Product::Element *right, int64_t right_stride, int64_t depth, float *result,
-                           int64_t result_stride, const float *factors) {
+                             const typename Product::Element *right, int64_t right_stride, int64_t depth, float *result,
+                             int64_t result_stride, const float *factors) {
     Vec sums[BLOCK_ROWS][VECS];
     for (int r = 0; r < BLOCK_ROWS; ++r) {
         for (int v = 0; v < VECS; ++v) {
-            sums[r][v] = factors == nullptr ? set1(0.0f)
-                                            : mul(set1(factors[r]), load(result + r * result_stride + v * LANES));
+            sums[r][v] =
+                factors == nullptr ? set1(0.0f) : mul(set1(factors[r]), load(result + r * result_stride + v * LANES));
         }
     }
     for (int64_t k = 0; k < depth; ++k) {
         for (int r = 0; r < BLOCK_ROWS; ++r) {
             for (int v = 0; v < VECS; ++v) {
-                sums[r][v] = Product::multiply_add(left[r * left_stride + k], right + k * right_stride + v * LANES, sums[r][v]);
+                const typename Product::Element *column = right + k * right_stride + v * LANES;
+                sums[r][v] = Product::multiply_add(left[r * left_stride + k], column, sums[r][v]);
             }
         }
     }
@@ -83,17 +84,16 @@ inline void multiply_columns(const typename Product::Element *left, int64_t left
 
 // The same over all `columns`, a multiple of CHUNK.
 template <class Product>
-inline void multiply(const typename Product::Element *left, int64_t left_stride,
-                          const typename Product::Element *right, int64_t columns, int64_t depth, float *result,
-                          const float *factors) {
-    int64_t column = 0;
+inline void multiply(const typename Product::Element *left, int64_t left_stride, const typename Product::Element *right,
+                     int columns, int64_t depth, float *result, const float *factors) {
+    int column = 0;
     for (; column + PRODUCT_VECS * LANES <= columns; column += PRODUCT_VECS * LANES) {
         multiply_columns<Product, PRODUCT_VECS>(left, left_stride, right + column, columns, depth, result + column,
                                                 columns, factors);
     }
     for (; column + CHUNK <= columns; column += CHUNK) {
-        multiply_columns<Product, CHUNK_VECS>(left, left_stride, right + column, columns, depth, result + column, columns,
-                                              factors);
+        multiply_columns<Product, CHUNK_VECS>(left, left_stride, right + column, columns, depth, result + column,
+                                              columns, factors);
     }
 }
 

@@ -48,7 +48,8 @@ struct ValueSum {
     using Weight = float;
     using Order = Page;
 
-    // Adds the values at `offset` in a tile's rows to CHUNKS chunks, from dimension `d` on, of the sums of HEADS query heads.
+    // Adds the values at `offset` in a tile's rows to CHUNKS chunks, from dimension `d` on, of the sums of HEADS query
+    // heads.
     template <int HEADS, int CHUNKS>
     static void add(const Tile &tile, int64_t offset, int64_t d, const Weight (&weights)[HEADS][MAX_TILE],
                     Vec (&sums)[HEADS][CHUNKS][CHUNK_VECS]) {

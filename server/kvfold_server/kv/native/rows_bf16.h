@@ -8,8 +8,8 @@ namespace {
 
 inline __m512bh as_bf16(__m512i x) { return reinterpret_cast<__m512bh>(x); }
 
-// Vectors hold eight dimensions of four rows, so that a row's sum is spread over four lanes only, and all heads share the
-// rearranging of the keys.
+// Vectors hold eight dimensions of four rows, so that a row's sum is spread over four lanes only, and all heads share
+// the rearranging of the keys.
 template <>
 struct RowProduct<Bf16, NumberPage<Bf16>> {
     using Query = Bf16;
@@ -71,8 +71,10 @@ struct RowProduct<Bf16, NumberPage<Bf16>> {
             }
         }
         for (int h = 0; h < HEADS; ++h) {
-            const Vec first = add(_mm512_unpacklo_ps(sums[0][h], sums[1][h]), _mm512_unpackhi_ps(sums[0][h], sums[1][h]));
-            const Vec second = add(_mm512_unpacklo_ps(sums[2][h], sums[3][h]), _mm512_unpackhi_ps(sums[2][h], sums[3][h]));
+            const Vec first =
+                add(_mm512_unpacklo_ps(sums[0][h], sums[1][h]), _mm512_unpackhi_ps(sums[0][h], sums[1][h]));
+            const Vec second =
+                add(_mm512_unpacklo_ps(sums[2][h], sums[3][h]), _mm512_unpackhi_ps(sums[2][h], sums[3][h]));
             const __m512d low = _mm512_unpacklo_pd(as_pairs(first), as_pairs(second));
             const __m512d high = _mm512_unpackhi_pd(as_pairs(first), as_pairs(second));
             store(products[h], add(as_vec(low), as_vec(high)));
@@ -80,8 +82,8 @@ struct RowProduct<Bf16, NumberPage<Bf16>> {
     }
 };
 
-// The order in which the words of two rows are interleaved: in each quarter of a chunk, four values in the first vector and
-// the next four in the second.
+// The order in which the words of two rows are interleaved: in each quarter of a chunk, four values in the first vector
+// and the next four in the second.
 struct InterleavedOrder {
     static Chunk restore(Chunk x) {
         const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);

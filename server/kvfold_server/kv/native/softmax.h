@@ -11,7 +11,8 @@ namespace {
 
 constexpr float NO_LOGIT = -INFINITY;
 
-// e^x for x <= 0 (Cephes' polynomial after taking out the power of two); 0 where the result is below the normal numbers.
+// e^x for x <= 0 (Cephes' polynomial after taking out the power of two); 0 where the result is below the normal
+// numbers.
 inline Vec exp_of_nonpositive(Vec x) {
     x = max(set1(-104.0f), x);
     const Vec power = round(mul(x, set1(1.44269504088896341f)));
@@ -72,8 +73,8 @@ struct Running {
     float sum;
 };
 
-// Turns `count` logits (a multiple of LANES) into exp(logit - top), adds them to the sum, and returns the factor for what was
-// summed under the former top. Rows that have seen nothing yet keep a sum of 0.
+// Turns `count` logits (a multiple of LANES) into exp(logit - top), adds them to the sum, and returns the factor for
+// what was summed under the former top. Rows that have seen nothing yet keep a sum of 0.
 inline float update(Running &running, float *logits, int count) {
     Vec largest = load(logits);
     for (int i = LANES; i < count; i += LANES) largest = max(largest, load(logits + i));

@@ -5,9 +5,9 @@
 
 namespace kvfold {
 
-// GOMP_parallel(function, argument, threads, flags): runs the function on a team of threads, this one among them. It is the
-// one that the process already has for its matrix products: their threads are still spinning when attention starts, so a
-// team starts in about 2 microseconds, and no second set of threads competes for the cores.
+// GOMP_parallel(function, argument, threads, flags): runs the function on a team of threads, this one among them. It is
+// the one that the process already has for its matrix products: their threads are still spinning when attention starts,
+// so a team starts in about 2 microseconds, and no second set of threads competes for the cores.
 using ParallelFunction = void (*)(void (*function)(void *), void *argument, unsigned threads, unsigned flags);
 
 struct Team {

@@ -49,8 +49,8 @@ inline void find_tile(const Cache &cache, const int32_t *table, int64_t slot, in
 
 // Fetches what a task needs of a tile's rows, a few lines at a time between pieces of other work.
 //
-// Into the second-level cache: the first level can wait for too few lines at once to use the memory's whole speed, and blocks
-// lie in any order, so that the processor cannot guess the next one.
+// Into the second-level cache: the first level can wait for too few lines at once to use the memory's whole speed, and
+// blocks lie in any order, so that the processor cannot guess the next one.
 class Fetcher {
   public:
     Fetcher(const Cache &cache, const Tile &tile, int64_t first_head, int64_t stop_head)

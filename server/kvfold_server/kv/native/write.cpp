@@ -47,7 +47,8 @@ void copy_tokens(const Copy &copy, int64_t sequence, int64_t first, int64_t stop
     for (int64_t token = first; token < stop; ++token) {
         char *row = slot_row(cache, table, first_slot + token);
         copy_heads(copy.keys, token, cache.kv_heads, cache.key_dim, context.number_bytes, row);
-        copy_heads(copy.values, token, cache.kv_heads, cache.value_dim, context.number_bytes, row + value_offset(cache, 0));
+        copy_heads(copy.values, token, cache.kv_heads, cache.value_dim, context.number_bytes,
+                   row + value_offset(cache, 0));
     }
 }
 
