@@ -107,8 +107,8 @@ class OutputAware:
     samples: int = 4
     tokens: int = 512
     beam: int = 3
-    tries: int = 8
-    first_tries: int = 32
+    tries: int = 6
+    first_tries: int = 24
     owners_per_sharer: int = 2
 
     @property
