@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -74,6 +75,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Measures, prints a table, writes JSON and a picture."""
     arguments = parse_arguments()
+    # A worker that stands still would outlive a comparison that ends without closing it.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     output: Path = arguments.output or RESULTS / f"{arguments.name}.json"
     run = Run(resolve_model(arguments.model), arguments)
     for pairing in COMPARISONS[arguments.name]:
@@ -166,7 +169,7 @@ def _turns(number: int) -> tuple[int, int]:
 
 def _report(rounds: Rounds) -> None:
     sys.stderr.write(
-        f"{rounds.name}, round {len(rounds.ours)}: {rounds.ours[-1]:.1f} and {rounds.peer[-1]:.1f} {rounds.unit}\n"
+        f"{rounds.name}, round {len(rounds.ours)}: {rounds.ours[-1]:.4g} and {rounds.peer[-1]:.4g} {rounds.unit}\n"
     )
 
 

@@ -94,4 +94,4 @@ def table_row(comparison: Comparison) -> str:
     ratio = "no ratio"
     if comparison.ratio_median is not None:
         ratio = f"{comparison.ratio_median:.2f}x ({comparison.ratio_min:.2f} to {comparison.ratio_max:.2f})"
-    return f"{comparison.name:44} {comparison.ours:10.1f} {comparison.peer:10.1f} {comparison.unit:9} {ratio}"
+    return f"{comparison.name:44} {comparison.ours:10.4g} {comparison.peer:10.4g} {comparison.unit:9} {ratio}"

@@ -28,7 +28,7 @@ class VllmCpu:
         environment = {
             # By itself it would keep one core free for its scheduler, half of a machine with two.
             "VLLM_CPU_OMP_THREADS_BIND": cores,
-            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_LOGGING_LEVEL": "ERROR",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
         }
