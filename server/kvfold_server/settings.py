@@ -50,7 +50,7 @@ class ModelSettings(BaseModel):
     max_running: PositiveInt = 128
     max_waiting: PositiveInt = 1024
     step_tokens: PositiveInt = 512
-    attention_backend: str = "reference"
+    attention_backend: str | None = None
 
     @model_validator(mode="before")
     @classmethod

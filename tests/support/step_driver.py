@@ -12,6 +12,7 @@ from kvfold_scheduler.sequence import SequenceId, SequenceRequest
 from kvfold_scheduler.step_plan import StepPlan, StepResult
 from kvfold_server.kv.arena import Arena
 from kvfold_server.kv.backends.reference import ReferenceBackend
+from kvfold_server.kv.backends.registry import BACKENDS
 from kvfold_server.kv.step_batch import StepBatch, make_step_batch
 
 if TYPE_CHECKING:
@@ -34,7 +35,14 @@ class StepDriver:
     """An engine in 40 lines. Every block that nobody holds is full of NaN, at each step."""
 
     def __init__(
-        self, model: PatchedModel, plan: SharingPlan, *, blocks: int = 400, step_tokens: int = 24, max_running: int = 8
+        self,
+        model: PatchedModel,
+        plan: SharingPlan,
+        *,
+        blocks: int = 400,
+        step_tokens: int = 24,
+        max_running: int = 8,
+        backend: str = ReferenceBackend.name,
     ) -> None:
         self.model = model
         self.plan = plan
@@ -44,7 +52,7 @@ class StepDriver:
         self.arena.fill(float("nan"))
         tables = torch.frombuffer(self.scheduler.tables.entries, dtype=torch.int32)
         shape = (max_running, model.geometry.layer_count, self.scheduler.tables.blocks_per_layer)
-        model.attach(ReferenceBackend(self.arena, tables.view(shape)))
+        model.attach(BACKENDS[backend](self.arena, tables.view(shape)))
 
     def run(
         self, jobs: Sequence[Job], after_step: Callable[[StepPlan, StepBatch], None] = lambda plan, batch: None

@@ -46,9 +46,9 @@ def generate_subject(options: EngineOptions, _stack: ExitStack) -> Subject:
 def grpc_subject(options: EngineOptions, stack: ExitStack) -> Subject:
     """A server with an engine of the same options, streamed from over gRPC."""
     arguments = ["--model", f"bench={options.model}", "--dtype", options.dtype]
-    arguments += ["--attention-backend", options.attention_backend]
     for flag, value in (
         ("--device", options.device),
+        ("--attention-backend", options.attention_backend),
         ("--plan", options.plan),
         ("--kv-memory", options.kv_memory_bytes),
     ):

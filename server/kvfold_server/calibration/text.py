@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-TEMPERATURES = (0.7, 0.85, 1.0)
+TEMPERATURES = (1.0,)
 """From what a careful service uses to the model's own distribution; sequences take them in turn."""
 
 TOP_P = 0.95

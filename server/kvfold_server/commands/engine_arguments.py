@@ -30,7 +30,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", type=Path, metavar="FILE", help="a sharing plan instead of the one that ships")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="(bfloat16)")
     parser.add_argument("--device", help="a torch device such as cpu or cuda (default: the best at hand)")
-    parser.add_argument("--attention-backend", default="reference", metavar="NAME", help="(reference)")
+    parser.add_argument("--attention-backend", metavar="NAME", help="native or reference (default: the best at hand)")
     parser.add_argument(
         "--kv-memory", metavar="BYTES", help="the size of the KV pool, such as 512MiB (default: from free memory)"
     )

@@ -65,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-running", metavar="N", help="requests that are computed at once (default: 128)")
     group.add_argument("--max-waiting", metavar="N", help="requests that may wait (default: 1024)")
     group.add_argument("--step-tokens", metavar="N", help="tokens of one step, at least max-running (default: 512)")
-    group.add_argument("--attention-backend", metavar="NAME", help="(default: reference)")
+    group.add_argument("--attention-backend", metavar="NAME", help="native or reference (default: the best at hand)")
 
 
 def run(arguments: argparse.Namespace) -> int:

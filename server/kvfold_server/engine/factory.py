@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,9 @@ from kvfold_server.engine.runner import Runner
 from kvfold_server.generation.model_info import DepthQuality, ModelInfo
 from kvfold_server.kv.arena import Arena
 from kvfold_server.kv.backends.base import BackendUnavailableError
-from kvfold_server.kv.backends.registry import BACKENDS
+from kvfold_server.kv.backends.native import NativeBackend
+from kvfold_server.kv.backends.registry import BACKENDS, best_backend
+from kvfold_server.kv.native.layer_ops import LayerOps
 from kvfold_server.models.loading import DTYPES, load_patched_model
 from kvfold_server.models.source import resolve_model
 from kvfold_server.sharing.fingerprint import fingerprint
@@ -40,12 +43,14 @@ def build_engine(options: EngineOptions) -> EngineCore:
     """
     if options.dtype not in DTYPES:
         raise EngineOptionsError(f"dtype is one of {', '.join(DTYPES)}, not {options.dtype}")
-    if options.attention_backend not in BACKENDS:
+    if options.attention_backend is not None and options.attention_backend not in BACKENDS:
         names = ", ".join(BACKENDS)
         raise EngineOptionsError(f"the attention backend is one of {names}, not {options.attention_backend}")
     device = choose_device(options.device)
+    options = dataclasses.replace(options, attention_backend=options.attention_backend or best_backend(device))
     folder = resolve_model(options.model)
-    model = load_patched_model(folder, DTYPES[options.dtype], device)
+    ops = LayerOps() if options.attention_backend == NativeBackend.name else None
+    model = load_patched_model(folder, DTYPES[options.dtype], device, ops)
     plan_file = find_plan(options.plan, folder, model.geometry)
     if plan_file is None:
         return assemble_engine(model, folder, SharingPlan(model.geometry.layer_count), options)
@@ -93,7 +98,7 @@ def assemble_engine(
         limits.max_running, geometry.layer_count, scheduler.tables.blocks_per_layer
     )
     try:
-        backend = BACKENDS[options.attention_backend](arena, tables)
+        backend = BACKENDS[options.attention_backend or best_backend(model.device)](arena, tables)
     except BackendUnavailableError as error:
         raise EngineOptionsError(str(error)) from error
     model.attach(backend)

@@ -12,7 +12,8 @@ class EngineOptions:
     """One model and the bounds of its engine; made of plain values, so that it travels as JSON on a command line.
 
     `model` is "default", a folder, a GGUF file or a hub id. `plan` is the path of a sharing plan; None takes the plan
-    that ships for the model, if there is one. `device` is a torch device; None takes the best at hand.
+    that ships for the model, if there is one. `device` is a torch device, `attention_backend` one of the registry;
+    None takes the best at hand.
     `kv_memory_bytes` is the size of the pool; None lets the engine choose a part of the memory that is free. The
     bounds are those of the scheduler.
     """
@@ -25,7 +26,7 @@ class EngineOptions:
     max_running: int = 128
     max_waiting: int = 1024
     step_tokens: int = 512
-    attention_backend: str = "reference"
+    attention_backend: str | None = None
 
     def to_json(self) -> str:
         """The options as one line of JSON."""

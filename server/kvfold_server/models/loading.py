@@ -18,15 +18,21 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from kvfold_server.kv.native.layer_ops import LayerOps
     from kvfold_server.models.patched import PatchedModel
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """The data types that a model can be served in, by the name that the configuration uses."""
 
 
-def load_patched_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PatchedModel:
-    """Loads, patches and checks the model of a prepared folder. Raises ModelSourceError or UnsupportedModelError."""
-    return patch_model(load_model(folder, dtype, device))
+def load_patched_model(
+    folder: Path, dtype: torch.dtype, device: torch.device, ops: LayerOps | None = None
+) -> PatchedModel:
+    """Loads, patches and checks the model of a prepared folder; `ops` as in `patch_model`.
+
+    Raises ModelSourceError or UnsupportedModelError.
+    """
+    return patch_model(load_model(folder, dtype, device), ops)
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

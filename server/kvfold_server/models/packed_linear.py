@@ -25,6 +25,8 @@ class GateUpProjection(nn.Module):
         bias = None if gate.bias is None else torch.cat((gate.bias, up.bias))
         self.packed = PackedWeight(torch.cat((gate.weight.detach(), up.weight.detach())), bias)
         self.width = gate.out_features
+        self.hidden_size = gate.in_features
+        self.dtype = gate.weight.dtype
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """hidden [..., in] -> gate [..., width] and up [..., width], slices of one result."""

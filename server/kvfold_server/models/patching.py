@@ -11,6 +11,7 @@ import torch
 from kvfold_server.models.attention import ATTENTION_NAME, BINDING, LayerBinding
 from kvfold_server.models.errors import UnsupportedModelError
 from kvfold_server.models.facades import install_facades
+from kvfold_server.models.fusion.layers import fuse_layers
 from kvfold_server.models.packed_linear import pack_linears
 from kvfold_server.models.patched import PatchedModel
 from kvfold_server.models.probe import probe_model
@@ -20,24 +21,28 @@ from kvfold_server.models.step_context import StepContext
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from kvfold_server.kv.native.layer_ops import LayerOps
+
 logger = logging.getLogger(__name__)
 
 
-def patch_model(model: PreTrainedModel) -> PatchedModel:
+def patch_model(model: PreTrainedModel, ops: LayerOps | None = None) -> PatchedModel:
     """Probes, patches and checks a model, in place. It computes steps from then on and can be called in no other way.
+
+    With `ops`, native kernels compute what they can of its layers.
 
     Raises UnsupportedModelError, with the reason, if the model cannot be served or its steps do not compute what its
     own forward did; the model is of no use then.
     """
     try:
-        return _patch(model)
+        return _patch(model, ops)
     except UnsupportedModelError:
         raise
     except Exception as error:
         raise UnsupportedModelError(f"the model's forward fails: {type(error).__name__}: {error}") from error
 
 
-def _patch(model: PreTrainedModel) -> PatchedModel:
+def _patch(model: PreTrainedModel, ops: LayerOps | None) -> PatchedModel:
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModelError("the model computes the logits of all positions, always (no logits_to_keep)")
     probe = probe_model(model)
@@ -52,6 +57,8 @@ def _patch(model: PreTrainedModel) -> PatchedModel:
     if without_facade:
         logger.warning("layers %s project K and V of all rows: the layout of their weights is unknown", without_facade)
     pack_linears(model)
+    if ops is not None:
+        fuse_layers(model, probe, ops)
     model.set_attn_implementation(ATTENTION_NAME)
     parts = (model, probe.geometry, context, tuple(without_facade))
     with torch.inference_mode():

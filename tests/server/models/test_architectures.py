@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from support.naive_sharing import NaiveSharing
+from support.native import layer_ops
 from support.step_driver import Job, StepDriver
 from support.tiny_models import ARCHITECTURES, random_prompt, tiny_model, tiny_plan
 
+from kvfold_server.kv.backends.registry import BACKENDS
 from kvfold_server.models.patching import patch_model
 
 if TYPE_CHECKING:
@@ -30,24 +32,30 @@ NEW_TOKENS = 12
 
 @dataclass(frozen=True)
 class Pair:
-    """The same weights twice: untouched, and patched."""
+    """The same weights twice: untouched, and patched to run on a backend."""
 
     original: PreTrainedModel
     patched: PatchedModel
     plan: SharingPlan
+    backend: str
+
+    def run(self, jobs: list[Job]) -> list[list[int]]:
+        return StepDriver(self.patched, self.plan, backend=self.backend).run(jobs)
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=[f"{name}, {backend}" for name in ARCHITECTURES for backend in BACKENDS])
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    original = tiny_model(ARCHITECTURES[request.param]())
-    patched = patch_model(copy.deepcopy(original))
-    yield Pair(original, patched, tiny_plan(patched.geometry))
+    name, backend = request.param.rsplit(", ", 1)
+    original = tiny_model(ARCHITECTURES[name]())
+    patched = patch_model(copy.deepcopy(original), layer_ops(backend))
+    yield Pair(original, patched, tiny_plan(patched.geometry), backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_rounding_in_short_data_types_is_no_reason_to_refuse(name: str, dtype: torch.dtype) -> None:
-    assert patch_model(tiny_model(ARCHITECTURES[name]()).to(dtype)).dtype == dtype
+def test_rounding_in_short_data_types_is_no_reason_to_refuse(name: str, dtype: torch.dtype, backend: str) -> None:
+    assert patch_model(tiny_model(ARCHITECTURES[name]()).to(dtype), layer_ops(backend)).dtype == dtype
 
 
 def generate(model: PreTrainedModel, prompt: list[int]) -> list[int]:
@@ -65,7 +73,7 @@ def generate(model: PreTrainedModel, prompt: list[int]) -> list[int]:
 
 def test_depth_0_packed_and_chunked_equals_generate_one_by_one(pair: Pair) -> None:
     prompts = [random_prompt(length, seed) for seed, length in enumerate(LENGTHS)]
-    found = StepDriver(pair.patched, pair.plan).run([Job(prompt, 0, NEW_TOKENS) for prompt in prompts])
+    found = pair.run([Job(prompt, 0, NEW_TOKENS) for prompt in prompts])
     assert found == [generate(pair.original, prompt) for prompt in prompts]
 
 
@@ -78,14 +86,14 @@ def test_mixed_depths_equal_one_full_forward_with_aliased_layers(pair: Pair) -> 
     ]
     naive = NaiveSharing(pair.original)
     expected = [naive.greedy(job.prompt, job.count, pair.plan.sources(job.depth)) for job in jobs]
-    assert StepDriver(pair.patched, pair.plan).run(jobs) == expected
+    assert pair.run(jobs) == expected
 
 
 def test_the_deepest_level_alone_skips_the_projections_of_its_sharers(pair: Pair) -> None:
     context, plan = pair.patched.context, pair.plan
     before = list(context.query_rows), list(context.key_value_rows)
     job = Job(random_prompt(20, 20), plan.max_depth, 5)
-    found = StepDriver(pair.patched, plan).run([job])
+    found = pair.run([job])
     assert found == [NaiveSharing(pair.original).greedy(job.prompt, job.count, plan.sources(job.depth))]
     tokens = 20 + 5 - 1
     query_rows = [now - then for now, then in zip(context.query_rows, before[0], strict=True)]

@@ -16,6 +16,7 @@ import torch
 from kvfold_server.kv.backends.base import AttentionBackend, AttentionCall
 from kvfold_server.kv.native.library import (
     BEST_PATH,
+    NUMBERS,
     OK,
     CacheConfig,
     NativeUnavailableError,
@@ -27,8 +28,6 @@ from kvfold_server.kv.native.library import (
 if TYPE_CHECKING:
     from kvfold_server.kv.arena import Arena
     from kvfold_server.kv.step_batch import StepBatch
-
-NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class NativeBackend(AttentionBackend):

@@ -1,13 +1,31 @@
-"""The attention backends by name."""
+"""The attention backends by name, and which one a device gets by default."""
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from kvfold_server.kv.backends.native import NativeBackend
 from kvfold_server.kv.backends.reference import ReferenceBackend
+from kvfold_server.kv.native.library import NativeUnavailableError, load_library
 
 if TYPE_CHECKING:
+    import torch
+
     from kvfold_server.kv.backends.base import AttentionBackend
 
+logger = logging.getLogger(__name__)
+
 BACKENDS: dict[str, type[AttentionBackend]] = {backend.name: backend for backend in (ReferenceBackend, NativeBackend)}
+
+
+def best_backend(device: torch.device) -> str:
+    """The name of the fastest backend for a device. Logs a warning if it is not the one that should run there."""
+    if device.type != "cpu":
+        return ReferenceBackend.name
+    try:
+        load_library()
+    except NativeUnavailableError as error:
+        logger.warning("attention runs on the reference backend, which is several times slower: %s", error)
+        return ReferenceBackend.name
+    return NativeBackend.name

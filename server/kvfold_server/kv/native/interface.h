@@ -11,7 +11,7 @@
 namespace kvfold {
 
 // Raised whenever a signature or a struct below changes; the Python side refuses a library of another version.
-constexpr int32_t INTERFACE_VERSION = 1;
+constexpr int32_t INTERFACE_VERSION = 2;
 
 enum Error : int32_t { OK = 0, OUT_OF_MEMORY = 1, NO_SUCH_PATH = 2, NO_SUCH_NUMBER = 3 };
 
@@ -39,6 +39,50 @@ struct CacheConfig {
 };
 
 struct Context;
+
+// The threads that share the rows of the functions below; `parallel` as in CacheConfig.
+struct Workers {
+    void *parallel;
+    int32_t threads;
+};
+
+// out = in / rms(in) * (weight + weight_offset) for rows of `width` values, contiguous; out may be in. `round_first`
+// rounds to the model's numbers before the weight comes in, as most models do.
+struct NormCall {
+    const char *in;
+    const char *weight;
+    char *out;
+    int64_t width;
+    float epsilon;
+    float weight_offset;
+    int32_t round_first;
+};
+
+enum Activation : int32_t { SILU = 0, GELU_TANH = 1 };
+
+// out [rows, width] = activation(gate) * up; gate_up [rows, 2 * width] holds both side by side.
+struct GateCall {
+    const char *gate_up;
+    char *out;
+    int64_t width;
+    int32_t activation;
+};
+
+// Heads of `dim` values, rotated in place. Strides are in values, of token and head; the dimensions lie side by side.
+struct RotatedHeads {
+    char *data;
+    int64_t token;
+    int64_t head;
+    int64_t heads;
+};
+
+// Queries and keys, by the cosines and sines [tokens, dim] of their positions.
+struct RotateCall {
+    RotatedHeads parts[2];
+    const char *cosine;
+    const char *sine;
+    int64_t dim;
+};
 
 }  // namespace kvfold
 
@@ -72,3 +116,11 @@ KVFOLD_EXPORT int32_t kvfold_write(kvfold::Context *context, int64_t layer, int6
 KVFOLD_EXPORT int32_t kvfold_attend(kvfold::Context *context, int64_t layer, int64_t heads, int64_t window,
                                     float scaling, float softcap, const float *sinks, const char *query,
                                     int64_t query_token, int64_t query_head, char *out);
+
+// A layer's functions between its matrix products, on `rows` rows of numbers of the kind `number`.
+KVFOLD_EXPORT int32_t kvfold_rms_norm(const kvfold::Workers *workers, int32_t number, const kvfold::NormCall *call,
+                                      int64_t rows);
+KVFOLD_EXPORT int32_t kvfold_gate(const kvfold::Workers *workers, int32_t number, const kvfold::GateCall *call,
+                                  int64_t rows);
+KVFOLD_EXPORT int32_t kvfold_rotate(const kvfold::Workers *workers, int32_t number, const kvfold::RotateCall *call,
+                                    int64_t rows);

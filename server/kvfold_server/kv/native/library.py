@@ -13,9 +13,12 @@ import torch
 from kvfold_server.kv.backends.base import BackendUnavailableError
 from kvfold_server.kv.native.build import LIBRARY_NAME, SOURCE_FOLDER
 
-INTERFACE_VERSION: Final = 1
+INTERFACE_VERSION: Final = 2
 BEST_PATH: Final = -1
 OK: Final = 0
+
+NUMBERS: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The library's names for the data types that it knows."""
 
 
 class SimdPath(IntEnum):

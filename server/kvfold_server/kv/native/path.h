@@ -3,6 +3,7 @@
 #pragma once
 
 #include "decode.h"
+#include "layer_rows.h"
 #include "prefill.h"
 
 namespace kvfold {

@@ -5,4 +5,5 @@
 
 namespace kvfold {
 const Kernels *avx512_kernels(Number number) { return find_kernels(number); }
+const LayerKernels *avx512_layer_kernels(Number number) { return find_layer_kernels(number); }
 }  // namespace kvfold

@@ -5,4 +5,5 @@
 
 namespace kvfold {
 const Kernels *plain_kernels(Number number) { return find_kernels(number); }
+const LayerKernels *plain_layer_kernels(Number number) { return find_layer_kernels(number); }
 }  // namespace kvfold

@@ -7,24 +7,25 @@ struct PathEntry {
     bool built;
     int64_t chunk;  // values that are read together
     const Kernels *(*kernels)(Number number);
+    const LayerKernels *(*layer_kernels)(Number number);
 };
 
 constexpr PathEntry PATHS[PATH_COUNT] = {
-    {true, 1, plain_kernels},
+    {true, 1, plain_kernels, plain_layer_kernels},
 #ifdef KVFOLD_WITH_AVX2
-    {true, 16, avx2_kernels},
+    {true, 16, avx2_kernels, avx2_layer_kernels},
 #else
-    {false, 16, nullptr},
+    {false, 16, nullptr, nullptr},
 #endif
 #ifdef KVFOLD_WITH_AVX512
-    {true, 32, avx512_kernels},
+    {true, 32, avx512_kernels, avx512_layer_kernels},
 #else
-    {false, 32, nullptr},
+    {false, 32, nullptr, nullptr},
 #endif
 #ifdef KVFOLD_WITH_AVX512_BF16
-    {true, 32, avx512_bf16_kernels},
+    {true, 32, avx512_bf16_kernels, avx512_bf16_layer_kernels},
 #else
-    {false, 32, nullptr},
+    {false, 32, nullptr, nullptr},
 #endif
 };
 
@@ -53,6 +54,15 @@ bool path_available(Path path) {
 bool path_fits(Path path, int64_t key_dim, int64_t value_dim) {
     return key_dim % PATHS[path].chunk == 0 && value_dim % PATHS[path].chunk == 0;
 }
+
+Path best_path(int64_t values) {
+    for (int32_t path = PATH_COUNT - 1; path > PLAIN; --path) {
+        if (path_available(Path(path)) && values % PATHS[path].chunk == 0) return Path(path);
+    }
+    return PLAIN;
+}
+
+const LayerKernels *find_layer_kernels(Path path, Number number) { return PATHS[path].layer_kernels(number); }
 
 const Kernels *find_path_kernels(Path path, Number number) { return PATHS[path].kernels(number); }
 
