@@ -110,7 +110,7 @@ def make_backend(setting: Setting, batch: int, context: int, layers: int, order:
         pages = torch.randperm(arena.block_count).view(batch, layers, blocks)
     else:
         pages = torch.arange(arena.block_count).view(blocks, batch, layers).permute(1, 2, 0)
-    return NativeBackend(arena, (1 + pages).int().contiguous(), setting.path)
+    return NativeBackend(arena, (1 + pages).int().contiguous(), path=setting.path)
 
 
 def make_batch(batch: int, context: int, queries: int, layers: int) -> StepBatch:

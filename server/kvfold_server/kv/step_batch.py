@@ -33,9 +33,11 @@ class StepBatch:
     - `positions` [N]: the position of each token in its sequence.
     - `rows` [B]: each sequence's row in the block tables; on the host, where the tables are.
     - `query_starts` (B + 1 ints): sequence b's tokens are [query_starts[b], query_starts[b + 1]).
-    - `kv_lengths` (B ints): tokens of the sequence in the cache once this step has written its own.
+    - `kv_lengths` (B ints): tokens of the sequence once this step has written its own, evicted ones among them.
     - `owner_tokens` (L ints): how many of the first tokens belong to sequences that own the layer.
     - `sources` [L, B]: the layer whose table a sequence reads at each layer.
+    - `slot_counts` [L, B], on the host: the slots in use of that table, once this step has written its own tokens to
+      the last of them. None if nothing was evicted: then `kv_lengths` slots are in use, and slot i holds position i.
     """
 
     token_count: int
@@ -45,6 +47,7 @@ class StepBatch:
     kv_lengths: tuple[int, ...]
     owner_tokens: tuple[int, ...]
     sources: torch.Tensor
+    slot_counts: torch.Tensor | None = None
 
     @property
     def sequence_count(self) -> int:

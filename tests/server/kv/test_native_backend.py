@@ -27,7 +27,10 @@ LAYERS = 2
 
 @dataclass(frozen=True)
 class Setup:
-    """Sequences of `lengths` tokens, the last `queries` of each computed in this step; all layers own their KV."""
+    """Sequences of `lengths` tokens, the last `queries` of each computed in this step; all layers own their KV.
+
+    `kept`: about which part of the older tokens each layer still has; None if nothing was evicted.
+    """
 
     lengths: tuple[int, ...]
     queries: tuple[int, ...]
@@ -39,6 +42,7 @@ class Setup:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    kept: tuple[float, ...] | None = None
     path: SimdPath | None = None
 
     def call(self) -> AttentionCall:
@@ -61,6 +65,8 @@ class Cache:
         self.tables = (1 + order).view(size, LAYERS, blocks)
         starts = tuple(accumulate(setup.queries, initial=0))
         self.query = torch.empty(starts[-1], setup.heads, setup.key_dim, dtype=setup.dtype)
+        self.slot_positions = torch.full((size, LAYERS, max(setup.lengths)), -1, dtype=torch.int32)
+        self.slot_counts = torch.tensor(setup.lengths).repeat(LAYERS, 1)
         self.batch = StepBatch(
             token_count=starts[-1],
             positions=torch.cat([torch.arange(n - q, n) for n, q in zip(setup.lengths, setup.queries, strict=True)]),
@@ -69,6 +75,7 @@ class Cache:
             kv_lengths=setup.lengths,
             owner_tokens=(starts[-1],) * LAYERS,
             sources=torch.arange(LAYERS)[:, None].expand(LAYERS, size).contiguous(),
+            slot_counts=None if setup.kept is None else self.slot_counts,
         )
         for index, seed in enumerate(seeds or range(size)):
             self._fill(index, torch.Generator().manual_seed(seed))
@@ -76,17 +83,23 @@ class Cache:
     def _fill(self, index: int, generator: torch.Generator) -> None:
         tokens_per_block = self.arena.geometry.tokens_per_block
         length = self.setup.lengths[index]
-        slots = torch.arange(length)
         for layer in range(LAYERS):
+            if self.setup.kept is not None:
+                keep = torch.rand(length, generator=generator) < self.setup.kept[layer]
+                keep[length - self.setup.queries[index] :] = True
+                positions = keep.nonzero()[:, 0]
+                self.slot_positions[index, layer, : len(positions)] = positions
+                self.slot_counts[layer, index] = len(positions)
+            slots = torch.arange(int(self.slot_counts[layer, index]))
             rows = self.tables[index, layer].long()[slots // tokens_per_block] * tokens_per_block
-            content = torch.randn(length, self.arena.rows.shape[1], generator=generator)
+            content = torch.randn(len(slots), self.arena.rows.shape[1], generator=generator)
             self.arena.rows[rows + slots % tokens_per_block] = content.to(self.setup.dtype)
         # A query belongs to a position, whatever the chunk that it is computed in.
         queries = torch.randn(length, *self.query.shape[1:], generator=generator)[length - self.setup.queries[index] :]
         self.query[self.batch.query_starts[index] : self.batch.query_starts[index + 1]] = queries.to(self.setup.dtype)
 
     def native(self) -> NativeBackend:
-        return NativeBackend(self.arena, self.tables, self.setup.path)
+        return NativeBackend(self.arena, self.tables, self.slot_positions, path=self.setup.path)
 
     def attend(self) -> list[torch.Tensor]:
         """The result of each sequence."""
@@ -105,13 +118,13 @@ class Cache:
         arena_needed = len(setup.lengths) * LAYERS * blocks
         arena = Arena(geometry, arena_needed, torch.float32, torch.device("cpu"))
         tables = (1 + torch.arange(arena_needed, dtype=torch.int32)).view(len(setup.lengths), LAYERS, blocks)
-        for index, length in enumerate(setup.lengths):
-            slots = torch.arange(length)
+        for index in range(len(setup.lengths)):
             for layer in range(LAYERS):
+                slots = torch.arange(int(self.slot_counts[layer, index]))
                 old = self.tables[index, layer].long()[slots // tokens] * tokens + slots % tokens
                 new = tables[index, layer].long()[slots // per_block] * per_block + slots % per_block
                 arena.rows[new] = self.arena.rows[old].float()
-        backend = ReferenceBackend(arena, tables)
+        backend = ReferenceBackend(arena, tables, self.slot_positions)
         backend.begin(self.batch)
         return list(backend.attend(setup.call(), self.query.float()).split(setup.queries))
 
@@ -131,6 +144,8 @@ VARIANTS = {
     "softcap": replace(MIXED, softcap=2.0),
     "sinks": replace(MIXED, sinks=True),
     "all, bf16": replace(MIXED, window=100, softcap=4.0, sinks=True, dtype=torch.bfloat16),
+    "evicted": replace(MIXED, kept=(0.3, 0.8)),
+    "evicted, window, bf16": replace(MIXED, kept=(0.3, 0.8), window=900, dtype=torch.bfloat16),
 }
 TOLERANCES = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 
@@ -146,8 +161,11 @@ def test_every_instruction_set_equals_the_reference_backend(setup: Setup, path: 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name.lower())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sequence_gets_the_same_bits_whatever_is_in_the_batch(dtype: torch.dtype, path: SimdPath) -> None:
-    together = replace(MIXED, dtype=dtype, path=path)
+@pytest.mark.parametrize("kept", [None, (0.3, 0.8)], ids=["all kept", "evicted"])
+def test_a_sequence_gets_the_same_bits_whatever_is_in_the_batch(
+    kept: tuple[float, ...] | None, dtype: torch.dtype, path: SimdPath
+) -> None:
+    together = replace(MIXED, dtype=dtype, kept=kept, window=None if kept is None else 900, path=path)
     results = Cache(together).attend()
     for index, result in enumerate(results):
         alone = replace(together, lengths=(together.lengths[index],), queries=(together.queries[index],))

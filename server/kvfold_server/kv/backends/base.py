@@ -36,22 +36,36 @@ class AttentionBackend(ABC):
     """Writes K and V to the arena and attends over block tables. One step at a time: `begin`, then each layer in turn.
 
     `tables` is the scheduler's block tables as an int32 tensor [rows, layers, blocks_per_layer], shared, never written
-    here.
+    here. Neither is `slot_positions`, int32 [rows, layers, slots_per_layer]: the positions of the tokens in the slots
+    that are in use, ascending. It is read only for tables that lost tokens: those with fewer slots in use than the
+    sequence has tokens. None where nothing is ever evicted.
     """
 
     name: ClassVar[str]
 
-    def __init__(self, arena: Arena, tables: torch.Tensor) -> None:
+    def __init__(self, arena: Arena, tables: torch.Tensor, slot_positions: torch.Tensor | None = None) -> None:
         self.arena = arena
         self.tables = tables
+        self.slot_positions = slot_positions
+
+    def require_slot_positions(self, batch: StepBatch) -> None:
+        """Raises ValueError if tokens of the batch were evicted and nothing says which."""
+        if batch.slot_counts is not None and self.slot_positions is None:
+            raise ValueError("a batch with slot counts needs slot positions, and the backend was given none")
 
     @abstractmethod
     def begin(self, batch: StepBatch) -> None:
-        """Prepares what the layers of a step have in common. The tables do not change until the step is over."""
+        """Prepares what the layers of a step have in common. Tables and positions do not change until the step is over.
+
+        The positions of the step's own tokens stand in `slot_positions` already. Raises ValueError for a batch with
+        `slot_counts` if there are no slot positions.
+        """
 
     @abstractmethod
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Stores K and V of the first `owner_tokens[layer]` tokens at their positions; later rows are never read.
+        """Stores K and V of the first `owner_tokens[layer]` tokens in the last slots of each sequence that are in use.
+
+        Later rows of `key` and `value` are never read.
 
         Shapes: key [N, kv_heads, key_dim], value [N, kv_heads, value_dim], in the arena's dtype, any strides.
         """
@@ -59,6 +73,9 @@ class AttentionBackend(ABC):
     @abstractmethod
     def attend(self, call: AttentionCall, query: torch.Tensor) -> torch.Tensor:
         """Causal attention of each token to its own sequence's KV, read from `sources[call.layer]`.
+
+        A token sees the slots up to its own, and of these, if there is a window, the ones with positions inside it.
+        Slots that are not in use are never read.
 
         query [N, heads, key_dim] -> [N, heads, value_dim], contiguous. Query head h reads KV head h * kv_heads //
         heads.

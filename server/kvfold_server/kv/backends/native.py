@@ -39,14 +39,22 @@ class NativeBackend(AttentionBackend):
 
     name: ClassVar[str] = "native"
 
-    def __init__(self, arena: Arena, tables: torch.Tensor, path: SimdPath | None = None) -> None:
-        super().__init__(arena, tables)
+    def __init__(
+        self,
+        arena: Arena,
+        tables: torch.Tensor,
+        slot_positions: torch.Tensor | None = None,
+        *,
+        path: SimdPath | None = None,
+    ) -> None:
+        super().__init__(arena, tables, slot_positions)
         if arena.rows.device.type != "cpu":
             raise NativeUnavailableError(f"native attention runs on cpu, the arena is on {arena.rows.device}")
         if arena.rows.dtype not in NUMBERS:
             raise NativeUnavailableError(f"native attention does not read {arena.rows.dtype}")
-        if tables.dtype != torch.int32 or not tables.is_contiguous():
-            raise ValueError("the block tables are one contiguous int32 tensor")
+        for tensor in (tables,) if slot_positions is None else (tables, slot_positions):
+            if tensor.dtype != torch.int32 or not tensor.is_contiguous() or tensor.shape[:2] != tables.shape[:2]:
+                raise ValueError("block tables and slot positions are contiguous int32 tensors of the same rows")
         self._library = load_library()
         kind = arena.geometry.layers[0]
         self._kv_heads, self._value_dim = kind.kv_heads, kind.value_dim
@@ -55,9 +63,11 @@ class NativeBackend(AttentionBackend):
         config = CacheConfig(
             arena=arena.rows.data_ptr(),
             tables=tables.data_ptr(),
+            slot_positions=None if slot_positions is None else slot_positions.data_ptr(),
             parallel=torch_parallel_function(),
             layers=tables.shape[1],
             blocks_per_layer=tables.shape[2],
+            slots_per_layer=0 if slot_positions is None else slot_positions.shape[2],
             tokens_per_block=arena.geometry.tokens_per_block,
             kv_heads=kind.kv_heads,
             key_dim=kind.key_dim,
@@ -79,6 +89,8 @@ class NativeBackend(AttentionBackend):
     def begin(self, batch: StepBatch) -> None:
         """Hands the step's layout over, once for all layers."""
         rows, sources = batch.rows.contiguous(), batch.sources.contiguous()
+        self.require_slot_positions(batch)
+        slot_counts = None if batch.slot_counts is None else batch.slot_counts.contiguous()
         starts, lengths = array("q", batch.query_starts), array("q", batch.kv_lengths)
         self._check(
             self._library.kvfold_begin(
@@ -89,6 +101,7 @@ class NativeBackend(AttentionBackend):
                 starts.buffer_info()[0],
                 lengths.buffer_info()[0],
                 sources.data_ptr(),
+                None if slot_counts is None else slot_counts.data_ptr(),
             )
         )
         self._batch = batch

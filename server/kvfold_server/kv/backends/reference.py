@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Sequences of one step that attend together: all with `queries` tokens, padded to the longest one's KV.
+    """Sequences of one step that attend together: all with `queries` tokens, padded to the most slots in use.
 
     - `members` [B]: which sequences of the batch.
     - `tokens` [B * queries]: where their tokens lie in the packed batch; None if they are the whole batch in order.
-    - `slots` [B, S]: the position in the sequence of each gathered row; `in_cache` [B, S]: whether there is one.
-    - `query_positions` [B, queries].
+    - `slots` [S]: 0, 1, ...; the slot of each gathered row.
+    - `query_positions` [B, queries]; `behind` [queries]: how many tokens of the sequence follow each of them.
     """
 
     members: torch.Tensor
     queries: int
     tokens: torch.Tensor | None
     slots: torch.Tensor
-    in_cache: torch.Tensor
     query_positions: torch.Tensor
+    behind: torch.Tensor
 
 
 class ReferenceBackend(AttentionBackend):
@@ -39,46 +39,63 @@ class ReferenceBackend(AttentionBackend):
 
     name: ClassVar[str] = "reference"
 
-    def __init__(self, arena: Arena, tables: torch.Tensor) -> None:
-        super().__init__(arena, tables)
+    def __init__(self, arena: Arena, tables: torch.Tensor, slot_positions: torch.Tensor | None = None) -> None:
+        super().__init__(arena, tables, slot_positions)
         self._buffer = torch.empty(0, arena.rows.shape[1], dtype=arena.rows.dtype, device=arena.rows.device)
         self._batch: StepBatch | None = None
         self._groups: list[_Group] = []
 
     def begin(self, batch: StepBatch) -> None:
         """Groups the sequences: all that decode together, every longer chunk alone."""
+        self.require_slot_positions(batch)
         self._batch = batch
         device = batch.positions.device
-        tokens_per_block = self.arena.geometry.tokens_per_block
-        used = self.arena.geometry.blocks_for(max(batch.kv_lengths))
-        # The first token row of each block [B, L, blocks]: the part of the tables that this step reads, on the device.
-        self._block_rows = self.tables[batch.rows, :, :used].long().to(device) * tokens_per_block
+        geometry = self.arena.geometry
+        lengths = torch.tensor(batch.kv_lengths)
+        slot_counts = batch.slot_counts
+        if slot_counts is None:
+            slot_counts = lengths.expand(geometry.layer_count, -1)
+        most = int(slot_counts.max())
+        self._slot_counts = slot_counts.to(device)
+        # The parts of the tables that this step reads, on the device. The first token row of each block [B, L, blocks]:
+        used = geometry.blocks_for(most)
+        self._block_rows = self.tables[batch.rows, :, :used].long().to(device) * geometry.tokens_per_block
+        # The position of each slot [B, L, S]; None if all are their own.
+        self._positions: torch.Tensor | None = None
+        if batch.slot_counts is not None and self.slot_positions is not None:
+            evicted = (slot_counts < lengths).T[:, :, None]
+            kept = self.slot_positions[batch.rows, :, :most]
+            self._positions = torch.where(evicted, kept, torch.arange(most)).to(device)
+
         counts = [stop - start for start, stop in zip(batch.query_starts, batch.query_starts[1:], strict=False)]
         decoding = [member for member, count in enumerate(counts) if count == 1]
         groups = [decoding] if decoding else []
         groups.extend([member] for member, count in enumerate(counts) if count > 1)
-        self._groups = [self._group(batch, members, counts[members[0]]) for members in groups]
+        self._groups = [
+            self._group(batch, members, counts[members[0]], int(slot_counts[:, members].max())) for members in groups
+        ]
 
-        # Where each token of the batch is written, layer by layer: its sequence, and its block and offset there.
-        self._token_sequences = torch.repeat_interleave(torch.tensor(counts)).to(device)
-        self._token_blocks = batch.positions // tokens_per_block
-        self._token_offsets = batch.positions % tokens_per_block
+        # Where each token of the batch is written: its sequence, and at each layer its block and offset there [L, N].
+        sequences = torch.repeat_interleave(torch.tensor(counts))
+        self._token_sequences = sequences.to(device)
+        slots = batch.positions[None]
+        if batch.slot_counts is not None:
+            slots = slots - (lengths - slot_counts)[:, sequences].to(device)
+        self._token_blocks = (slots // geometry.tokens_per_block).expand(geometry.layer_count, -1)
+        self._token_offsets = (slots % geometry.tokens_per_block).expand(geometry.layer_count, -1)
 
-    def _group(self, batch: StepBatch, members: Sequence[int], queries: int) -> _Group:
+    def _group(self, batch: StepBatch, members: Sequence[int], queries: int, slots: int) -> _Group:
         device = batch.positions.device
-        index = torch.tensor(members, device=device)
-        lengths = torch.tensor([batch.kv_lengths[member] for member in members], device=device)
-        slots = torch.arange(max(batch.kv_lengths[member] for member in members), device=device)
         whole = len(members) == batch.sequence_count
         starts = torch.tensor([batch.query_starts[member] for member in members], device=device)
         tokens = (starts[:, None] + torch.arange(queries, device=device)).flatten()
         return _Group(
-            members=index,
+            members=torch.tensor(members, device=device),
             queries=queries,
             tokens=None if whole else tokens,
-            slots=slots.expand(len(members), -1),
-            in_cache=slots < lengths[:, None],
+            slots=torch.arange(slots, device=device),
             query_positions=batch.positions[tokens].view(len(members), queries),
+            behind=torch.arange(queries - 1, -1, -1, device=device),
         )
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -87,8 +104,8 @@ class ReferenceBackend(AttentionBackend):
         count = batch.owner_tokens[layer]
         if count == 0:
             return
-        blocks = self._block_rows[self._token_sequences[:count], layer, self._token_blocks[:count]]
-        self.arena.rows[blocks + self._token_offsets[:count]] = torch.cat(
+        blocks = self._block_rows[self._token_sequences[:count], layer, self._token_blocks[layer, :count]]
+        self.arena.rows[blocks + self._token_offsets[layer, :count]] = torch.cat(
             (key[:count].flatten(1), value[:count].flatten(1)), dim=1
         )
 
@@ -104,7 +121,7 @@ class ReferenceBackend(AttentionBackend):
                 selected.reshape(len(group.members), group.queries, *query.shape[1:]),
                 key,
                 value,
-                self._visible(group, call.window),
+                self._visible(batch, group, call),
                 call,
             ).flatten(0, 1)
             if group.tokens is None:
@@ -113,13 +130,16 @@ class ReferenceBackend(AttentionBackend):
                 out[group.tokens] = result
         return out
 
-    def _visible(self, group: _Group, window: int | None) -> torch.Tensor:
+    def _visible(self, batch: StepBatch, group: _Group, call: AttentionCall) -> torch.Tensor:
         """Which gathered rows each query sees: [B, queries, S]."""
-        slots = group.slots[:, None, :]
-        positions = group.query_positions[:, :, None]
-        visible = group.in_cache[:, None, :] & (slots <= positions)
-        if window is not None:
-            visible &= slots > positions - window
+        own_slots = self._slot_counts[call.layer][group.members][:, None] - 1 - group.behind
+        visible = group.slots <= own_slots[:, :, None]
+        if call.window is not None:
+            positions = group.slots
+            if self._positions is not None:
+                sources = batch.sources[call.layer][group.members]
+                positions = self._positions[group.members, sources, : len(group.slots)][:, None, :]
+            visible &= positions > group.query_positions[:, :, None] - call.window
         return visible
 
     def _gather(self, batch: StepBatch, group: _Group, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,10 +147,11 @@ class ReferenceBackend(AttentionBackend):
         is."""
         geometry = self.arena.geometry
         kind = geometry.layers[layer]
-        size, length = group.slots.shape
+        size, length = len(group.members), len(group.slots)
         blocks = self._block_rows[group.members, batch.sources[layer][group.members], : geometry.blocks_for(length)]
         offsets = torch.arange(geometry.tokens_per_block, device=blocks.device)
-        rows = (blocks[:, :, None] + offsets).flatten(1)[:, :length] * group.in_cache
+        in_use = group.slots < self._slot_counts[layer][group.members][:, None]
+        rows = (blocks[:, :, None] + offsets).flatten(1)[:, :length] * in_use
         if self._buffer.shape[0] < size * length:
             # Reused by every layer and step: a fresh buffer of this size would be page-faulted in anew each time.
             self._buffer = torch.empty(

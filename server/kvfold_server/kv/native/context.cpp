@@ -12,11 +12,13 @@ constexpr int64_t CACHE_LINE = 64;
 // microseconds.
 constexpr int64_t SHARED_COST = 40'000;
 
-Plan &plan_for(Context &context, int64_t heads, int64_t window) {
+Plan &plan_for(Context &context, int64_t layer, int64_t heads, int64_t window) {
+    const int64_t served = context.layers_differ ? layer : EVERY_LAYER;
     for (Plan &plan : context.plans) {
-        if (plan.heads == heads && plan.window == window) return plan;
+        if (plan.layer == served && plan.heads == heads && plan.window == window) return plan;
     }
-    context.plans.push_back(make_plan(context.cache, context.sequences, heads, window, context.team.threads));
+    context.plans.push_back(make_plan(context.cache, sequences_at(context, layer), context.sequence_count, served,
+                                      heads, window, context.team.threads));
     return context.plans.back();
 }
 
@@ -69,17 +71,32 @@ char *Buffer::reserve(int64_t bytes) {
 }
 
 void begin_step(Context &context, int64_t count, const int64_t *rows, const int64_t *query_starts,
-                const int64_t *kv_lengths, const int64_t *sources) {
+                const int64_t *kv_lengths, const int64_t *sources, const int64_t *slot_counts) {
+    const Cache &cache = context.cache;
     context.plans.clear();
     context.sequences.clear();
-    for (int64_t i = 0; i < count; ++i) {
-        context.sequences.push_back({rows[i], query_starts[i], query_starts[i + 1] - query_starts[i], kv_lengths[i]});
+    context.sequence_count = count;
+    context.layers_differ = slot_counts != nullptr;
+    for (int64_t layer = 0; layer < (context.layers_differ ? cache.layers : 1); ++layer) {
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t queries = query_starts[i + 1] - query_starts[i];
+            Sequence sequence = {rows[i], query_starts[i], queries, kv_lengths[i], kv_lengths[i], nullptr};
+            if (context.layers_differ) sequence.slot_count = slot_counts[layer * count + i];
+            if (sequence.slot_count < sequence.length) {
+                sequence.positions = table_positions(cache, rows[i], sources[layer * count + i]);
+            }
+            context.sequences.push_back(sequence);
+        }
     }
-    context.sources.assign(sources, sources + context.cache.layers * count);
+    context.sources.assign(sources, sources + cache.layers * count);
+}
+
+const Sequence *sequences_at(const Context &context, int64_t layer) {
+    return context.sequences.data() + (context.layers_differ ? layer * context.sequence_count : 0);
 }
 
 void attend(Context &context, int64_t layer, Call call) {
-    const Plan &plan = plan_for(context, call.heads, call.window);
+    const Plan &plan = plan_for(context, layer, call.heads, call.window);
     const auto merges = static_cast<int64_t>(plan.merges.size());
     if (merges > context.pending_size) {
         context.pending = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(merges));
@@ -91,8 +108,8 @@ void attend(Context &context, int64_t layer, Call call) {
     const int64_t needed = context.kernels->scratch_bytes(context.cache, call.heads);
     const int64_t stride = (needed + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
     call.cache = &context.cache;
-    call.sequences = context.sequences.data();
-    call.sources = context.sources.data() + layer * static_cast<int64_t>(context.sequences.size());
+    call.sequences = sequences_at(context, layer);
+    call.sources = context.sources.data() + layer * context.sequence_count;
     call.partials = reinterpret_cast<float *>(context.partials.reserve(plan.partial_count * partial_bytes));
     char *scratch = context.scratch.reserve(stride * context.team.threads);
 

@@ -34,9 +34,11 @@ struct Context {
     const Kernels *kernels;
     Team team;
 
-    std::vector<Sequence> sequences;
-    std::vector<int64_t> sources;  // [layers, B]
-    std::vector<Plan> plans;       // made when a layer first needs one
+    int64_t sequence_count;           // B
+    std::vector<Sequence> sequences;  // [B], alike at every layer; [layers, B] once slots were evicted
+    bool layers_differ;               // whether slots were evicted
+    std::vector<int64_t> sources;     // [layers, B]
+    std::vector<Plan> plans;          // made when a layer first needs one
     std::unique_ptr<std::atomic<int64_t>[]> pending;
     int64_t pending_size = 0;
     Buffer partials;
@@ -44,7 +46,10 @@ struct Context {
 };
 
 void begin_step(Context &context, int64_t count, const int64_t *rows, const int64_t *query_starts,
-                const int64_t *kv_lengths, const int64_t *sources);
+                const int64_t *kv_lengths, const int64_t *sources, const int64_t *slot_counts);
+
+// [B], as the layer sees them.
+const Sequence *sequences_at(const Context &context, int64_t layer);
 
 // Runs all tasks of a layer. `call` lacks what the context knows.
 void attend(Context &context, int64_t layer, Call call);

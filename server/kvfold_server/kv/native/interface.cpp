@@ -23,8 +23,10 @@ Cache lay_out(const CacheConfig &config, int64_t number_bytes) {
     Cache cache{};
     cache.arena = config.arena;
     cache.tables = config.tables;
+    cache.slot_positions = config.slot_positions;
     cache.layers = config.layers;
     cache.blocks_per_layer = config.blocks_per_layer;
+    cache.slots_per_layer = config.slots_per_layer;
     cache.tokens_per_block = config.tokens_per_block;
     cache.kv_heads = config.kv_heads;
     cache.key_dim = config.key_dim;
@@ -82,9 +84,10 @@ void kvfold_destroy(Context *context) { delete context; }
 int32_t kvfold_path(const Context *context) { return context->path; }
 
 int32_t kvfold_begin(Context *context, int32_t threads, int64_t sequences, const int64_t *rows,
-                     const int64_t *query_starts, const int64_t *kv_lengths, const int64_t *sources) {
+                     const int64_t *query_starts, const int64_t *kv_lengths, const int64_t *sources,
+                     const int64_t *slot_counts) {
     context->team.threads = threads;
-    return guarded([&] { begin_step(*context, sequences, rows, query_starts, kv_lengths, sources); });
+    return guarded([&] { begin_step(*context, sequences, rows, query_starts, kv_lengths, sources, slot_counts); });
 }
 
 int32_t kvfold_write(Context *context, int64_t layer, int64_t tokens, const char *key, int64_t key_token,

@@ -21,15 +21,18 @@ enum Number : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 // Instruction sets, from the most portable to the most special.
 enum Path : int32_t { PLAIN = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, PATH_COUNT = 4, BEST_PATH = -1 };
 
-// The arena and the block tables; see kvfold_server/kv/arena.py and kvfold_scheduler/block_tables.py. The memory stays
-// the caller's and must outlive the context. `parallel` is GOMP_parallel of the OpenMP runtime that the process already
-// runs, or null: then everything runs on the calling thread.
+// The arena and the block tables; see kvfold_server/kv/arena.py and kvfold_scheduler/block_tables.py. `slot_positions`
+// [rows, layers, slots_per_layer] is null where nothing is ever evicted. The memory stays the caller's and must outlive
+// the context. `parallel` is GOMP_parallel of the OpenMP runtime that the process already runs, or null: then
+// everything runs on the calling thread.
 struct CacheConfig {
     char *arena;
     const int32_t *tables;
+    const int32_t *slot_positions;
     void *parallel;
     int64_t layers;
     int64_t blocks_per_layer;
+    int64_t slots_per_layer;
     int64_t tokens_per_block;
     int64_t kv_heads;
     int64_t key_dim;
@@ -101,9 +104,10 @@ KVFOLD_EXPORT void kvfold_destroy(kvfold::Context *context);
 KVFOLD_EXPORT int32_t kvfold_path(const kvfold::Context *context);
 
 // Takes over a step's layout (copied): B sequences; rows [B], query_starts [B + 1], kv_lengths [B], sources [layers,
-// B].
+// B]. slot_counts [layers, B], or null if nothing was evicted; it needs the context's slot_positions.
 KVFOLD_EXPORT int32_t kvfold_begin(kvfold::Context *context, int32_t threads, int64_t sequences, const int64_t *rows,
-                                   const int64_t *query_starts, const int64_t *kv_lengths, const int64_t *sources);
+                                   const int64_t *query_starts, const int64_t *kv_lengths, const int64_t *sources,
+                                   const int64_t *slot_counts);
 
 // Stores K and V of the first `tokens` tokens in the tables of `layer`. Strides are in values, of token, head,
 // dimension.

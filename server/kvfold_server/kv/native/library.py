@@ -40,9 +40,11 @@ class CacheConfig(ctypes.Structure):
     _fields_ = (
         ("arena", ctypes.c_void_p),
         ("tables", ctypes.c_void_p),
+        ("slot_positions", ctypes.c_void_p),
         ("parallel", ctypes.c_void_p),
         ("layers", ctypes.c_int64),
         ("blocks_per_layer", ctypes.c_int64),
+        ("slots_per_layer", ctypes.c_int64),
         ("tokens_per_block", ctypes.c_int64),
         ("kv_heads", ctypes.c_int64),
         ("key_dim", ctypes.c_int64),
@@ -78,7 +80,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.kvfold_destroy.argtypes = [pointer]
     library.kvfold_destroy.restype = None
     library.kvfold_path.argtypes = [pointer]
-    library.kvfold_begin.argtypes = [pointer, small, whole, pointer, pointer, pointer, pointer]
+    library.kvfold_begin.argtypes = [pointer, small, whole, *[pointer] * 5]
     library.kvfold_write.argtypes = [pointer, whole, whole, pointer, *strides, pointer, *strides]
     library.kvfold_attend.argtypes = [pointer, whole, whole, whole, real, real, pointer, pointer, whole, whole, pointer]
 

@@ -72,20 +72,21 @@ void add_prefill(Plan &plan, const Cache &cache, const Sequence &sequence, int64
 
 }  // namespace
 
-Plan make_plan(const Cache &cache, const std::vector<Sequence> &sequences, int64_t heads, int64_t window,
-               int32_t threads) {
-    Plan plan{window, heads, 0, 0, {}, {}, std::vector<int64_t>(sequences.size(), NO_MERGE), {}};
+Plan make_plan(const Cache &cache, const Sequence *sequences, int64_t count, int64_t layer, int64_t heads,
+               int64_t window, int32_t threads) {
+    Plan plan{layer, window, heads, 0, 0, {}, {}, std::vector<int64_t>(static_cast<size_t>(count), NO_MERGE), {}};
     int64_t whole_tasks = 0;
-    for (const Sequence &sequence : sequences) {
+    for (int64_t index = 0; index < count; ++index) {
+        const Sequence &sequence = sequences[index];
         const SlotRange last = visible_slots(sequence, sequence.query_count - 1, window);
         whole_tasks += sequence.query_count == 1 ? divide_up(last.stop - last.first, PARTITION_SLOTS) : cache.kv_heads;
     }
     const int64_t heads_per_task = threads > 1 && whole_tasks < TASKS_PER_THREAD * threads ? 1 : cache.kv_heads;
-    for (size_t index = 0; index < sequences.size(); ++index) {
+    for (int64_t index = 0; index < count; ++index) {
         if (sequences[index].query_count == 1) {
-            add_decode(plan, cache, sequences[index], static_cast<int64_t>(index), heads_per_task);
+            add_decode(plan, cache, sequences[index], index, heads_per_task);
         } else {
-            add_prefill(plan, cache, sequences[index], static_cast<int64_t>(index));
+            add_prefill(plan, cache, sequences[index], index);
         }
     }
     std::stable_sort(plan.tasks.begin(), plan.tasks.end(),

@@ -28,13 +28,14 @@ inline int64_t round_to_blocks(int64_t rows) { return (rows + BLOCK_ROWS - 1) / 
 inline int64_t prefill_scratch_bytes(const Cache &cache, int64_t heads) {
     const int64_t group = heads / cache.kv_heads;
     const int64_t rows = round_to_blocks(prefill_tokens(group) * group);
-    return round_to_lines(rows * cache.key_dim * 4) + round_to_lines(cache.key_dim * SPAN * 4) +
+    return round_to_lines(prefill_tokens(group) * static_cast<int64_t>(sizeof(SlotRange))) +
+           round_to_lines(rows * cache.key_dim * 4) + round_to_lines(cache.key_dim * SPAN * 4) +
            round_to_lines(cache.value_dim * SPAN * 4) + round_to_lines(rows * cache.value_dim * 4) +
            round_to_lines(rows * static_cast<int64_t>(sizeof(Running)));
 }
 
-// What a prefill task keeps: its queries and one tile, packed, and for each query row the weighted sum of values and
-// the running softmax.
+// What a prefill task keeps: what each query sees, its queries and one tile, packed, and for each query row the
+// weighted sum of values and the running softmax.
 template <class Product>
 struct PrefillState {
     using Element = typename Product::Element;
@@ -42,6 +43,7 @@ struct PrefillState {
     int64_t group;  // query heads of the KV head: row r is head r % group of query r / group
     int64_t rows;
     int64_t depth;  // elements of a packed query
+    SlotRange *visible;
     Element *queries;
     Element *keys;
     Element *values;
@@ -50,18 +52,23 @@ struct PrefillState {
 };
 
 template <class Product>
-inline PrefillState<Product> lay_out(const Cache &cache, int64_t group, int64_t queries, char *scratch) {
+inline PrefillState<Product> lay_out(const Call &call, const Task &task, char *scratch) {
     using Element = typename Product::Element;
+    const Cache &cache = *call.cache;
     PrefillState<Product> state;
-    state.group = group;
-    state.rows = queries * group;
+    state.group = call.heads / cache.kv_heads;
+    state.rows = task.query_count * state.group;
     state.depth = cache.key_dim / Product::DEPTH;
     const int64_t padded_rows = round_to_blocks(state.rows);
+    state.visible = take<SlotRange>(scratch, task.query_count);
     state.queries = take<Element>(scratch, padded_rows * state.depth);
     state.keys = take<Element>(scratch, state.depth * SPAN);
     state.values = take<Element>(scratch, cache.value_dim * SPAN / Product::DEPTH);
     state.sums = take<float>(scratch, padded_rows * cache.value_dim);
     state.running = take<Running>(scratch, state.rows);
+    for (int64_t query = 0; query < task.query_count; ++query) {
+        state.visible[query] = visible_slots(call.sequences[task.sequence], task.first_query + query, call.window);
+    }
     for (int64_t i = state.rows * state.depth; i < padded_rows * state.depth; ++i) state.queries[i] = Element();
     for (int64_t i = 0; i < padded_rows * cache.value_dim; ++i) state.sums[i] = 0.0f;
     for (int64_t row = 0; row < state.rows; ++row) state.running[row] = {NO_LOGIT, 0.0f};
@@ -70,27 +77,23 @@ inline PrefillState<Product> lay_out(const Cache &cache, int64_t group, int64_t 
 
 // Takes the packed tile from `slot` on into the state of the rows.
 template <class Product>
-void attend_span(const Call &call, const Task &task, int64_t slot, const PrefillState<Product> &state) {
+void attend_span(const Call &call, int64_t slot, const PrefillState<Product> &state) {
     using Element = typename Product::Element;
     const Cache &cache = *call.cache;
-    const Sequence &sequence = call.sequences[task.sequence];
     alignas(64) float logits[BLOCK_ROWS][SPAN];
     alignas(64) typename Product::Weight weights[BLOCK_ROWS][SPAN] = {};
     float corrections[BLOCK_ROWS] = {};
     for (int64_t row = 0; row < state.rows; row += BLOCK_ROWS) {
         const int count = static_cast<int>(state.rows - row < BLOCK_ROWS ? state.rows - row : BLOCK_ROWS);
-        const int64_t first_query = task.first_query + row / state.group;
-        const int64_t last_query = task.first_query + (row + count - 1) / state.group;
-        const SlotRange first = visible_slots(sequence, first_query, call.window);
-        const SlotRange last = visible_slots(sequence, last_query, call.window);
+        const SlotRange first = state.visible[row / state.group];
+        const SlotRange last = state.visible[(row + count - 1) / state.group];
         if (last.stop <= slot || first.first >= slot + SPAN) continue;
         const bool whole = last.first <= slot && first.stop >= slot + SPAN;
         multiply<Product>(state.queries + row * state.depth, state.depth, state.keys, SPAN, state.depth, logits[0],
                           nullptr);
         products_to_logits(call, logits[0], count * SPAN);
         for (int r = 0; r < count; ++r) {
-            const int64_t query = task.first_query + (row + r) / state.group;
-            if (!whole) mask_logits(logits[r], slot, SPAN, visible_slots(sequence, query, call.window));
+            if (!whole) mask_logits(logits[r], slot, SPAN, state.visible[(row + r) / state.group]);
             corrections[r] = update(state.running[row + r], logits[r], SPAN);
             for (int i = 0; i < SPAN; i += LANES) store(weights[r] + i, load(logits[r] + i));
         }
@@ -108,7 +111,7 @@ void prefill(const Call &call, const Task &task, char *scratch) {
     const int64_t group = call.heads / cache.kv_heads;
     const int64_t first_token = sequence.first_token + task.first_query;
     const int64_t first_head = task.first_head * group;
-    const PrefillState<Product> state = lay_out<Product>(cache, group, task.query_count, scratch);
+    const PrefillState<Product> state = lay_out<Product>(call, task, scratch);
     for (int64_t row = 0; row < state.rows; ++row) {
         const int64_t token = first_token + row / group;
         const int64_t offset = token * call.query_token + (first_head + row % group) * call.query_head;
@@ -120,7 +123,7 @@ void prefill(const Call &call, const Task &task, char *scratch) {
         find_rows(cache, table, slot, task.slots.stop, rows);
         Product::pack_keys(rows, key_offset(cache, task.first_head), cache.key_dim, state.keys);
         Product::pack_values(rows, value_offset(cache, task.first_head), cache.value_dim, state.values);
-        attend_span(call, task, slot, state);
+        attend_span(call, slot, state);
     }
     for (int64_t row = 0; row < state.rows; ++row) {
         write_output<Model, typename Product::Order>(call, first_token + row / group, first_head + row % group,

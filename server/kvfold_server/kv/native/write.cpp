@@ -14,6 +14,7 @@ constexpr int64_t TOKENS_AT_ONCE = 16;
 
 struct Copy {
     const Context *context;
+    const Sequence *sequences;
     int64_t layer;
     int64_t tokens;
     Rows keys;
@@ -41,9 +42,9 @@ void copy_heads(const Rows &rows, int64_t token, int64_t heads, int64_t dim, int
 void copy_tokens(const Copy &copy, int64_t sequence, int64_t first, int64_t stop) {
     const Context &context = *copy.context;
     const Cache &cache = context.cache;
-    const Sequence &owner = context.sequences[sequence];
+    const Sequence &owner = copy.sequences[sequence];
     const int32_t *table = block_table(cache, owner.row, copy.layer);
-    const int64_t first_slot = owner.length - owner.query_count - owner.first_token;
+    const int64_t first_slot = owner.slot_count - owner.query_count - owner.first_token;
     for (int64_t token = first; token < stop; ++token) {
         char *row = slot_row(cache, table, first_slot + token);
         copy_heads(copy.keys, token, cache.kv_heads, cache.key_dim, context.number_bytes, row);
@@ -54,14 +55,15 @@ void copy_tokens(const Copy &copy, int64_t sequence, int64_t first, int64_t stop
 
 void take_tokens(void *argument) {
     Copy &copy = *static_cast<Copy *>(argument);
-    const std::vector<Sequence> &sequences = copy.context->sequences;
+    const Sequence *sequences = copy.sequences;
+    const Sequence *end_of_sequences = sequences + copy.context->sequence_count;
     for (;;) {
         int64_t token = copy.next_token.fetch_add(TOKENS_AT_ONCE, std::memory_order_relaxed);
         if (token >= copy.tokens) return;
         const int64_t stop = std::min(token + TOKENS_AT_ONCE, copy.tokens);
-        auto after = std::upper_bound(sequences.begin(), sequences.end(), token,
+        auto after = std::upper_bound(sequences, end_of_sequences, token,
                                       [](int64_t wanted, const Sequence &s) { return wanted < s.first_token; });
-        for (int64_t index = after - sequences.begin() - 1; token < stop; ++index) {
+        for (int64_t index = after - sequences - 1; token < stop; ++index) {
             const int64_t end = std::min(stop, sequences[index].first_token + sequences[index].query_count);
             copy_tokens(copy, index, token, end);
             token = end;
@@ -72,7 +74,7 @@ void take_tokens(void *argument) {
 }  // namespace
 
 void write_rows(Context &context, int64_t layer, int64_t tokens, Rows keys, Rows values) {
-    Copy copy{&context, layer, tokens, keys, values, {0}};
+    Copy copy{&context, sequences_at(context, layer), layer, tokens, keys, values, {0}};
     if (tokens * context.cache.row_bytes < SHARED_BYTES) {
         take_tokens(&copy);
     } else {
