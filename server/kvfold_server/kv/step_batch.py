@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -60,15 +61,21 @@ def make_step_batch(plan: StepPlan, sharing: SharingPlan, device: torch.device) 
     chunks = plan.chunks
     depths = [chunk.depth for chunk in chunks]
     starts = tuple(accumulate((chunk.count for chunk in chunks), initial=0))
-    positions = torch.cat([torch.arange(chunk.start, chunk.start + chunk.count) for chunk in chunks])
+    positions = [position for chunk in chunks for position in range(chunk.start, chunk.start + chunk.count)]
     owner_tokens = tuple(starts[bisect_left(depths, first)] for first in sharing.first_shared_depth)
-    sources = torch.tensor([sharing.sources(depth) for depth in depths]).T.contiguous()
+    sources = _sources_by_depth(sharing).index_select(1, torch.tensor(depths))
     return StepBatch(
         token_count=starts[-1],
-        positions=positions.to(device),
+        positions=torch.tensor(positions, device=device),
         rows=torch.tensor([chunk.row for chunk in chunks]),
         query_starts=starts,
         kv_lengths=tuple(chunk.start + chunk.count for chunk in chunks),
         owner_tokens=owner_tokens,
         sources=sources.to(device),
     )
+
+
+@lru_cache(maxsize=16)
+def _sources_by_depth(sharing: SharingPlan) -> torch.Tensor:
+    """[L, depths]: the layer whose table each layer reads."""
+    return torch.tensor([sharing.sources(depth) for depth in range(sharing.max_depth + 1)]).T.contiguous()
