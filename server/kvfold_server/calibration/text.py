@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TEMPERATURES = (1.0,)
-"""Sequences take them in turn. Of several, text at the model's own distribution ranks plans most like text by people."""
+"""Sequences take them in turn. Text at the model's own distribution ranked plans most like text by people."""
 
 TOP_P = 0.95
 """Cuts the tail that small models stumble over: one odd token makes nonsense of all that follows."""

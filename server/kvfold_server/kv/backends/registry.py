@@ -10,6 +10,8 @@ from kvfold_server.kv.backends.reference import ReferenceBackend
 from kvfold_server.kv.native.library import NativeUnavailableError, load_library
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from kvfold_server.kv.backends.base import AttentionBackend
@@ -19,12 +21,15 @@ logger = logging.getLogger(__name__)
 BACKENDS: dict[str, type[AttentionBackend]] = {backend.name: backend for backend in (ReferenceBackend, NativeBackend)}
 
 
-def best_backend(device: torch.device) -> str:
-    """The name of the fastest backend for a device. Logs a warning if it is not the one that should run there."""
+def best_backend(device: torch.device, load: Callable[[], object] = load_library) -> str:
+    """The name of the fastest backend for a device. Logs a warning if it is not the one that should run there.
+
+    `load` raises NativeUnavailableError where there is no native library.
+    """
     if device.type != "cpu":
         return ReferenceBackend.name
     try:
-        load_library()
+        load()
     except NativeUnavailableError as error:
         logger.warning("attention runs on the reference backend, which is several times slower: %s", error)
         return ReferenceBackend.name
