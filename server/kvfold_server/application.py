@@ -12,7 +12,6 @@ from kvfold_server.channel.front_end import EngineHandle
 from kvfold_server.channel.supervisor import EngineLoadError, EngineSupervisor
 from kvfold_server.generation.errors import DrainingError
 from kvfold_server.rpc.hosted_model import HostedModel, HostedModels
-from kvfold_server.rpc.server import RpcServer, TlsFiles
 from kvfold_server.text.chat import ChatTemplateError
 from kvfold_server.text.model_text import ModelText
 from kvfold_server.text.tokenizer import TokenizerError
@@ -48,17 +47,20 @@ class Application:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
-        """Listens and starts the engines. Raises OSError if the address or the TLS files cannot be had."""
+        """Starts the engines and listens. Raises OSError if the address or the TLS files cannot be had."""
         settings = self._settings
-        self._server = RpcServer(self.models, settings.max_connection_age)
-        port = await self._server.start(settings.host, settings.port, _read_tls(settings))
-        self.address = f"[{settings.host}]:{port}" if ":" in settings.host else f"{settings.host}:{port}"
-        logger.info("listening on %s", self.address)
         for model, hosted in zip(settings.models, self.models.all, strict=True):
             supervisor = EngineSupervisor(hosted.handle, model.engine_options(), settings.engine_factory, self._policy)
             self.supervisors[model.name] = supervisor
             self._spawn(supervisor.run(), f"supervisor of {model.name}")
-            self._spawn(self._load_text(hosted), f"tokenizer of {model.name}")
+        await asyncio.sleep(0)  # each supervisor begins, and its first act is to start a process
+        try:
+            await self._listen()
+        except BaseException:
+            await self._end_tasks()
+            raise
+        for hosted in self.models.all:
+            self._spawn(self._load_text(hosted), f"tokenizer of {hosted.name}")
         self._spawn(self._publish_readiness(), "readiness")
         self._spawn(self._announce(), "ready file")
         return self
@@ -71,9 +73,7 @@ class Application:
             hosted.handle.fail_all(DrainingError())
         await self._server.drain(CLOSING_SECONDS)
         await self._server.stop()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._end_tasks()
         if self._settings.ready_file is not None:
             self._settings.ready_file.unlink(missing_ok=True)
         logger.info("stopped")
@@ -101,6 +101,23 @@ class Application:
         left = await self._server.drain(self._settings.grace)
         if left:
             logger.warning("%d calls have not ended in time", left)
+
+    async def _listen(self) -> None:
+        from kvfold_server.rpc.server import RpcServer, TlsFiles  # noqa: PLC0415 - gRPC comes while the engines load
+
+        settings = self._settings
+        tls = None
+        if settings.tls_cert is not None and settings.tls_key is not None:
+            tls = TlsFiles(settings.tls_cert.read_bytes(), settings.tls_key.read_bytes())
+        self._server = RpcServer(self.models, settings.max_connection_age)
+        port = await self._server.start(settings.host, settings.port, tls)
+        self.address = f"[{settings.host}]:{port}" if ":" in settings.host else f"{settings.host}:{port}"
+        logger.info("listening on %s", self.address)
+
+    async def _end_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _until_ready(self) -> None:
         while not self.models.ready:
@@ -150,9 +167,3 @@ class Application:
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         self._tasks.append(asyncio.create_task(work, name=name))
-
-
-def _read_tls(settings: ServerSettings) -> TlsFiles | None:
-    if settings.tls_cert is None or settings.tls_key is None:
-        return None
-    return TlsFiles(settings.tls_cert.read_bytes(), settings.tls_key.read_bytes())

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 QUESTION = {"messages": [{"role": "ROLE_USER", "content": "What is the capital of France?"}]}
 GREEDY = {"temperature": 0}
-FAKE = "kvfold_server.engine.fake:build_engine"
+FAKE = "kvfold_server.engine.fake:start_engine"
 
 
 def is_alive(process_id: int) -> bool:

@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 if TYPE_CHECKING:
     from pathlib import Path
 
-FAKE_FACTORY = "kvfold_server.engine.fake:build_engine"
+FAKE_FACTORY = "kvfold_server.engine.fake:start_engine"
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}<|im_end|>{% endfor %}"

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, cast
 from kvfold_server.channel.engine_loop import EngineChannel, EngineLoop, Heart
 from kvfold_server.channel.messages import LoadFailed
 from kvfold_server.engine.options import EngineOptions
+from kvfold_server.engine.stages import Stages
 from kvfold_server.logs import configure_logging
-from kvfold_server.runtime import prepare_runtime
+from kvfold_server.runtime import keep_what_is_there, prepare_runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kvfold_server.channel.messages import FrontEndMessage
-    from kvfold_server.engine.interface import Engine
+    from kvfold_server.engine.interface import EngineFactory
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +36,8 @@ PR_SET_PDEATHSIG = 1
 def main() -> int:
     """Builds the engine and runs it until the front end goes away. Returns 1 if it cannot be built, or breaks."""
     arguments = _parse_arguments()
+    stages = Stages(arguments.started)
+    stages.begin("process")
     configure_logging(arguments.log_level, f"engine {arguments.name}")
     _die_with_parent()
     prepare_runtime()
@@ -49,10 +50,12 @@ def main() -> int:
         threading.Thread(target=channel.read_into, args=(inbox,), name="inbox", daemon=True).start()
         threading.Thread(target=heart.beat_for_ever, name="heart", daemon=True).start()
         try:
-            engine = _load_factory(arguments.factory)(EngineOptions.from_json(arguments.options))
+            engine = _load_factory(arguments.factory)(EngineOptions.from_json(arguments.options), stages)
         except Exception as error:  # whatever is wrong with a model, the operator has to be told
             channel.send(LoadFailed(_describe(error)))
             return 1
+        keep_what_is_there()
+        logger.info("ready in %s", stages)
         try:
             EngineLoop(engine, channel, heart, inbox).run_for_ever()
         except Exception:  # the supervisor starts another process; this one's log says what happened
@@ -67,12 +70,13 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--factory", required=True)
     parser.add_argument("--options", required=True)
     parser.add_argument("--log-level", default="INFO")
+    parser.add_argument("--started", type=float, help="when the process was asked for, in seconds of time.monotonic")
     return parser.parse_args()
 
 
-def _load_factory(name: str) -> Callable[[EngineOptions], Engine]:
+def _load_factory(name: str) -> EngineFactory:
     module, _, function = name.partition(":")
-    return cast("Callable[[EngineOptions], Engine]", getattr(importlib.import_module(module), function))
+    return cast("EngineFactory", getattr(importlib.import_module(module), function))
 
 
 def _describe(error: Exception) -> str:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_FACTORY = "kvfold_server.engine.factory:build_engine"
-"""What builds the engine inside its process: module and function. Tests name another one."""
+DEFAULT_FACTORY = "kvfold_server.engine.starting:start_engine"
+"""What builds the engine inside its process: module and function (an EngineFactory). Tests name another one."""
 
 
 class EngineLoadError(Exception):
@@ -106,24 +106,29 @@ class EngineSupervisor:
 
     async def _start(self) -> tuple[EngineLink, asyncio.subprocess.Process]:
         ours, theirs = socket.socketpair()
-        with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "kvfold_server.channel.process",
-                f"--channel={theirs.fileno()}",
-                f"--name={self._handle.name}",
-                f"--factory={self._factory}",
-                f"--options={self._options.to_json()}",
-                f"--log-level={logging.getLevelName(logging.getLogger().getEffectiveLevel())}",
-                pass_fds=(theirs.fileno(),),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=2,  # nothing but log lines may come from an engine
-                start_new_session=True,  # an interrupt from the terminal drains the server first
-            )
-        ours.setblocking(False)
-        link = EngineLink(self._receive)
-        await asyncio.get_running_loop().create_connection(lambda: link, sock=ours)
+        try:
+            with theirs:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "kvfold_server.channel.process",
+                    f"--channel={theirs.fileno()}",
+                    f"--name={self._handle.name}",
+                    f"--factory={self._factory}",
+                    f"--options={self._options.to_json()}",
+                    f"--log-level={logging.getLevelName(logging.getLogger().getEffectiveLevel())}",
+                    f"--started={time.monotonic()}",
+                    pass_fds=(theirs.fileno(),),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=2,  # nothing but log lines may come from an engine
+                    start_new_session=True,  # an interrupt from the terminal drains the server first
+                )
+            ours.setblocking(False)
+            link = EngineLink(self._receive)
+            await asyncio.get_running_loop().create_connection(lambda: link, sock=ours)
+        except BaseException:
+            ours.close()  # a process that has been started sees it and ends
+            raise
         self._handle.connect(link.send)
         logger.info("model %s: engine process %d started", self._handle.name, process.pid)
         return link, process

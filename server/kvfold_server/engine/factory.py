@@ -13,13 +13,15 @@ from kvfold_scheduler.sharing import SharingPlan
 from kvfold_server.engine.core import EngineCore
 from kvfold_server.engine.memory_size import default_kv_bytes
 from kvfold_server.engine.runner import Runner
+from kvfold_server.engine.stages import Stages
 from kvfold_server.generation.model_info import DepthQuality, ModelInfo
 from kvfold_server.kv.arena import Arena
 from kvfold_server.kv.backends.base import BackendUnavailableError
 from kvfold_server.kv.backends.native import NativeBackend
 from kvfold_server.kv.backends.registry import BACKENDS, best_backend
 from kvfold_server.kv.native.layer_ops import LayerOps
-from kvfold_server.models.loading import DTYPES, load_patched_model
+from kvfold_server.models.loading import DTYPES, load_model
+from kvfold_server.models.patching import patch_model
 from kvfold_server.models.source import resolve_model
 from kvfold_server.sharing.fingerprint import fingerprint
 from kvfold_server.sharing.plan_file import find_shipped_plan, load_plan
@@ -35,12 +37,14 @@ class EngineOptionsError(ValueError):
     """An option asks for something that is not there; the message says which, in words for an operator."""
 
 
-def build_engine(options: EngineOptions) -> EngineCore:
+def build_engine(options: EngineOptions, stages: Stages | None = None) -> EngineCore:
     """Loads the model and builds its engine. Takes seconds; the first time, a model may be fetched and converted.
 
-    Raises EngineOptionsError, ModelSourceError, UnsupportedModelError or PlanMismatchError, all with words for an
-    operator.
+    Tells `stages` where it is. Raises EngineOptionsError, ModelSourceError, UnsupportedModelError or
+    PlanMismatchError, all with words for an operator.
     """
+    stages = stages or Stages()
+    stages.begin("model")
     if options.dtype not in DTYPES:
         raise EngineOptionsError(f"dtype is one of {', '.join(DTYPES)}, not {options.dtype}")
     if options.attention_backend is not None and options.attention_backend not in BACKENDS:
@@ -49,9 +53,13 @@ def build_engine(options: EngineOptions) -> EngineCore:
     device = choose_device(options.device)
     options = dataclasses.replace(options, attention_backend=options.attention_backend or best_backend(device))
     folder = resolve_model(options.model)
-    ops = LayerOps() if options.attention_backend == NativeBackend.name else None
-    model = load_patched_model(folder, DTYPES[options.dtype], device, ops)
+    stages.begin("weights")
+    loaded = load_model(folder, DTYPES[options.dtype], device)
+    stages.begin("probe and check")
+    model = patch_model(loaded, LayerOps() if options.attention_backend == NativeBackend.name else None)
+    stages.begin("plan")
     plan_file = find_plan(options.plan, folder, model.geometry)
+    stages.begin("pool")
     if plan_file is None:
         return assemble_engine(model, folder, SharingPlan(model.geometry.layer_count), options)
     return assemble_engine(

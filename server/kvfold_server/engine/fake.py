@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kvfold_server.engine.options import EngineOptions
     from kvfold_server.engine.runner import Runner
     from kvfold_server.engine.runner_sequence import PositionScorer, RunnerSequence
+    from kvfold_server.engine.stages import Stages
     from kvfold_server.generation.events import EngineEvent
     from kvfold_server.generation.request import GenerationRequest
 
@@ -80,8 +81,9 @@ def fake_token(prompt: Sequence[int], position: int, settings: FakeSettings) -> 
     return settings.first_token + digest % settings.generated_tokens
 
 
-def build_engine(options: EngineOptions) -> FakeEngine:
+def start_engine(options: EngineOptions, stages: Stages) -> FakeEngine:
     """Builds what the settings in the folder `options.model` describe. Raises FakeLoadError if they say so."""
+    stages.begin("waiting")
     folder = Path(options.model)
     settings = FakeSettings.load(folder)
     time.sleep(settings.load_seconds)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from kvfold_server.engine.options import EngineOptions
+    from kvfold_server.engine.stages import Stages
     from kvfold_server.generation.events import EngineEvent
     from kvfold_server.generation.model_info import ModelInfo
     from kvfold_server.generation.pool_snapshot import PoolSnapshot
@@ -38,4 +40,12 @@ class Engine(Protocol):
 
     def snapshot(self) -> PoolSnapshot:
         """The state of the pool between two steps."""
+        ...
+
+
+class EngineFactory(Protocol):
+    """Builds the engine of a process that has been started for it."""
+
+    def __call__(self, options: EngineOptions, stages: Stages) -> Engine:
+        """Tells `stages` where it is. What it raises is told to the operator; see `channel.process`."""
         ...

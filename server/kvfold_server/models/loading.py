@@ -1,4 +1,4 @@
-"""Loading a prepared folder into a transformers model, and patching it."""
+"""Loading a prepared folder into a transformers model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from kvfold_server.models.errors import ModelSourceError, UnsupportedModelError
-from kvfold_server.models.patching import patch_model
 from kvfold_server.models.support import check_config, check_config_file
 
 if TYPE_CHECKING:
@@ -18,21 +17,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from kvfold_server.kv.native.layer_ops import LayerOps
-    from kvfold_server.models.patched import PatchedModel
-
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """The data types that a model can be served in, by the name that the configuration uses."""
-
-
-def load_patched_model(
-    folder: Path, dtype: torch.dtype, device: torch.device, ops: LayerOps | None = None
-) -> PatchedModel:
-    """Loads, patches and checks the model of a prepared folder; `ops` as in `patch_model`.
-
-    Raises ModelSourceError or UnsupportedModelError.
-    """
-    return patch_model(load_model(folder, dtype, device), ops)
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -21,6 +21,10 @@ FAR_POSITIONS = (1_000_003, 1_000_211, 1_064_960)
 """Beyond any window in use, so that a window shows; unrelated to each other, so that chunks do."""
 
 
+FUTURE_KEYS = 8
+"""Keys after a query that are looked at: a causal mask hides them."""
+
+
 def recorded_mask(**arguments: Any) -> torch.Tensor:  # noqa: ANN401
     """A mask function for the registry of transformers: the eager mask, which remembers what it was made from."""
     mask: torch.Tensor = eager_mask(**{**arguments, "allow_is_bidirectional_skip": False})
@@ -44,18 +48,17 @@ def window_of(mask: torch.Tensor | None) -> int | None:
 
 def _window_at(function: MaskFunction, position: int) -> int | None:
     """How many keys, itself included, a query at `position` sees; None if it sees all before it."""
-    distances = torch.arange(-8, position + 1)
-    keys = position - distances
+    keys = torch.arange(position + FUTURE_KEYS, -1, -1)
     query = torch.tensor(position)
     zero = torch.tensor(0)
     try:
         visible = function(zero, zero, query, keys).expand(keys.shape)
     except (IndexError, RuntimeError) as error:
         raise UnsupportedModelError("the attention mask depends on more than positions") from error
-    if bool(visible[distances < 0].any()):
+    if bool(visible[:FUTURE_KEYS].any()):
         raise UnsupportedModelError("the attention is not causal")
-    past = visible[distances >= 0]
-    width = int(past.sum())
+    past = visible[FUTURE_KEYS:]  # the query's own key first, then backward
+    width = int(past.count_nonzero())
     if not bool(past[:width].all()):
         raise UnsupportedModelError("the attention mask is neither causal nor a sliding window")
     return None if width == position + 1 else width

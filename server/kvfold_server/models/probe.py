@@ -83,6 +83,7 @@ def probe_model(model: PreTrainedModel) -> Probe:
                 input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=model.device),
                 position_ids=torch.arange(PROBE_TOKENS, device=model.device)[None],
                 use_cache=False,
+                logits_to_keep=torch.zeros(1, dtype=torch.long, device=model.device),  # nobody reads them
             )
     finally:
         model.set_attn_implementation("eager")
@@ -156,8 +157,12 @@ class _Recorder:
         AttentionInterface.register(name, self._attention)
         AttentionMaskInterface.register(name, recorded_mask)
         hooks = []
+        takes_positions: dict[type[nn.Module], bool] = {}  # a model has hundreds of modules, of a dozen classes
         for module in self._model.modules():
-            if "position_embeddings" in inspect.signature(module.forward).parameters:
+            kind = type(module)
+            if kind not in takes_positions:
+                takes_positions[kind] = "position_embeddings" in inspect.signature(kind.forward).parameters
+            if takes_positions[kind]:
                 hooks.append(module.register_forward_pre_hook(self._see_positions, with_kwargs=True))
             if is_projection(module):
                 hooks.append(module.register_forward_hook(self._see_projection))

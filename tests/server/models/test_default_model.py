@@ -13,7 +13,7 @@ from support.step_driver import Job, StepDriver
 from transformers import AutoTokenizer
 
 from kvfold_scheduler.sharing import SharingEntry, SharingPlan
-from kvfold_server.models.loading import load_model, load_patched_model
+from kvfold_server.models.loading import load_model
 from kvfold_server.models.patching import patch_model
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def test_mixed_depths_equal_one_full_forward_with_aliased_layers(
 def test_short_data_types_follow_fp32(
     dtype: torch.dtype, default_model_folder: Path, patched: PatchedModel, tokens: list[int]
 ) -> None:
-    short = load_patched_model(default_model_folder, dtype, torch.device("cpu"))
+    short = patch_model(load_model(default_model_folder, dtype, torch.device("cpu")))
     assert short.geometry.value_bytes == 2
     jobs = [Job(tokens[:60], depth, 4) for depth in (0, 3)]
     answers = [StepDriver(each, PLAN, blocks=2000).run(jobs) for each in (short, patched)]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from kvfold.v1 import generation_pb2, generation_pb2_grpc, memory_pb2, model_pb2
+from kvfold_server.application import Application
 from kvfold_server.channel.supervisor import EngineLoadError
+from kvfold_server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -155,6 +158,23 @@ async def test_a_port_that_is_taken_is_an_error(serve: Serve, make_fake_model: M
                 pass
 
 
+async def test_a_server_that_cannot_listen_leaves_no_engine_behind(
+    serve: Serve, make_fake_model: MakeFakeModel, fake_factory: str
+) -> None:
+    async with serve(make_fake_model(name="one"), wait=False) as served:
+        settings = ServerSettings(
+            models=[{"source": str(make_fake_model(name="two"))}],
+            port=int(served.address.rpartition(":")[2]),
+            engine_factory=fake_factory,
+        )
+        with pytest.raises(OSError, match="cannot listen"):
+            await Application(settings).__aenter__()
+        command = ["ps", "-ww", "-o", "args=", "--ppid", str(os.getpid())]
+        listed = subprocess.run(command, check=True, capture_output=True, text=True)
+    names = [argument for argument in listed.stdout.split() if argument.startswith("--name=")]
+    assert names == ["--name=one"]
+
+
 async def test_a_model_that_cannot_be_loaded_ends_the_server(serve: Serve, make_fake_model: MakeFakeModel) -> None:
     with pytest.raises(EngineLoadError, match="model 'two' cannot be served: no such weights"):
         async with serve(make_fake_model(name="one"), make_fake_model(name="two", load_failure="no such weights")):
@@ -167,6 +187,34 @@ async def test_a_model_without_a_tokenizer_ends_the_server(serve: Serve, make_fa
     with pytest.raises(EngineLoadError, match=r"has no tokenizer\.json"):
         async with serve(folder):
             pass
+
+
+def test_engines_start_before_grpc_is_imported(make_fake_model: MakeFakeModel, fake_factory: str) -> None:
+    program = f"""
+import asyncio, subprocess, sys
+from kvfold_server.application import Application
+from kvfold_server.settings import ServerSettings
+
+class Started(Exception):
+    pass
+
+def see_the_start(*arguments, **options):
+    raise Started(sorted({{"grpc", "torch"}} & sys.modules.keys()))
+
+async def main():
+    models = [{{"source": {str(make_fake_model())!r}}}]
+    settings = ServerSettings(models=models, port=0, engine_factory={fake_factory!r})
+    async with Application(settings) as application:
+        await application.until_ready()
+
+subprocess.Popen = see_the_start
+try:
+    asyncio.run(main())
+except Started as started:
+    print(started)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_the_front_end_runs_without_torch(make_fake_model: MakeFakeModel, fake_factory: str) -> None:
