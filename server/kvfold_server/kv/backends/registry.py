@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING
 
 from kvfold_server.kv.backends.native import NativeBackend
 from kvfold_server.kv.backends.reference import ReferenceBackend
+from kvfold_server.kv.backends.triton import TritonBackend
 
 if TYPE_CHECKING:
     from kvfold_server.kv.backends.base import AttentionBackend
 
-BACKENDS: dict[str, type[AttentionBackend]] = {backend.name: backend for backend in (ReferenceBackend, NativeBackend)}
+BACKENDS: dict[str, type[AttentionBackend]] = {
+    backend.name: backend for backend in (ReferenceBackend, NativeBackend, TritonBackend)
+}
