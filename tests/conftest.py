@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,17 @@ if TYPE_CHECKING:
 
 # Before torch is imported: tests share two cores with the servers that they start.
 prepare_runtime()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the tests of attention backends run (cpu)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("device") == "cpu":
+        # Triton's kernels run in its interpreter, which must be chosen before triton is imported: torch does that for
+        # transformers.
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

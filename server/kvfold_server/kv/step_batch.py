@@ -36,7 +36,7 @@ class StepBatch:
     - `query_starts` (B + 1 ints): sequence b's tokens are [query_starts[b], query_starts[b + 1]).
     - `kv_lengths` (B ints): tokens of the sequence once this step has written its own, evicted ones among them.
     - `owner_tokens` (L ints): how many of the first tokens belong to sequences that own the layer.
-    - `sources` [L, B]: the layer whose table a sequence reads at each layer.
+    - `sources` [L, B], on the host: the layer whose table a sequence reads at each layer.
     - `slot_counts` [L, B], on the host: the slots in use of that table, once this step has written its own tokens to
       the last of them. None if nothing was evicted: then `kv_lengths` slots are in use, and slot i holds position i.
     """
@@ -57,7 +57,7 @@ class StepBatch:
 
 
 def make_step_batch(plan: StepPlan, sharing: SharingPlan, device: torch.device) -> StepBatch:
-    """Lays out the chunks of a plan, which are ordered by depth. Tensors are on `device`."""
+    """Lays out the chunks of a plan, which are ordered by depth. Positions are on `device`."""
     chunks = plan.chunks
     depths = [chunk.depth for chunk in chunks]
     starts = tuple(accumulate((chunk.count for chunk in chunks), initial=0))
@@ -71,7 +71,7 @@ def make_step_batch(plan: StepPlan, sharing: SharingPlan, device: torch.device) 
         query_starts=starts,
         kv_lengths=tuple(chunk.start + chunk.count for chunk in chunks),
         owner_tokens=owner_tokens,
-        sources=sources.to(device),
+        sources=sources,
     )
 
 

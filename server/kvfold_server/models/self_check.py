@@ -143,5 +143,5 @@ def _batch(spans: list[Span], sources: tuple[int, ...], *, skip: bool, device: t
         query_starts=tuple(starts),
         kv_lengths=tuple(stop for _, stop in spans),
         owner_tokens=owned,
-        sources=torch.tensor(sources, device=device)[:, None].expand(-1, len(spans)).contiguous(),
+        sources=torch.tensor(sources)[:, None].expand(-1, len(spans)).contiguous(),
     )

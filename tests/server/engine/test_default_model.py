@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from support.engines import generate, make_request, run_to_end
-from support.native import layer_ops
+from support.native import CPU_BACKENDS, layer_ops
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvfold_server.engine.factory import build_engine
 from kvfold_server.engine.options import EngineOptions
-from kvfold_server.kv.backends.registry import BACKENDS
 
 LICENSE = Path(__file__).parents[3] / "LICENSE"
 NEW_TOKENS = 16
@@ -54,7 +53,7 @@ def answers(folder: Path, prompts: list[list[int]], backend: str, dtype: str) ->
 
 # 100 s on two free cores, most of them transformers'; far more where others share them.
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_50_prompts_in_mixed_batches_get_the_tokens_of_generate_one_by_one(
     default_model_folder: Path, prompts: list[list[int]], expected: list[list[int]], backend: str
 ) -> None:
@@ -63,7 +62,7 @@ def test_50_prompts_in_mixed_batches_get_the_tokens_of_generate_one_by_one(
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_in_bfloat16_an_answer_leaves_that_of_generate_only_at_near_ties(
     default_model_folder: Path, prompts: list[list[int]], backend: str, record_property: pytest.RecordProperty
 ) -> None:

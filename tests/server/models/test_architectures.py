@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from support.naive_sharing import NaiveSharing
-from support.native import layer_ops
+from support.native import CPU_BACKENDS, layer_ops
 from support.step_driver import Job, StepDriver
 from support.tiny_models import ARCHITECTURES, random_prompt, tiny_model, tiny_plan
 
-from kvfold_server.kv.backends.registry import BACKENDS
 from kvfold_server.models.patching import patch_model
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ class Pair:
         return StepDriver(self.patched, self.plan, backend=self.backend).run(jobs)
 
 
-@pytest.fixture(scope="module", params=[f"{name}, {backend}" for name in ARCHITECTURES for backend in BACKENDS])
+@pytest.fixture(scope="module", params=[f"{name}, {backend}" for name in ARCHITECTURES for backend in CPU_BACKENDS])
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     name, backend = request.param.rsplit(", ", 1)
     original = tiny_model(ARCHITECTURES[name]())
@@ -51,7 +50,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     yield Pair(original, patched, tiny_plan(patched.geometry), backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_rounding_in_short_data_types_is_no_reason_to_refuse(name: str, dtype: torch.dtype, backend: str) -> None:

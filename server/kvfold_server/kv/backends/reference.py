@@ -57,6 +57,7 @@ class ReferenceBackend(AttentionBackend):
             slot_counts = lengths.expand(geometry.layer_count, -1)
         most = int(slot_counts.max())
         self._slot_counts = slot_counts.to(device)
+        self._sources = batch.sources.to(device)
         # The parts of the tables that this step reads, on the device. The first token row of each block [B, L, blocks]:
         used = geometry.blocks_for(most)
         self._block_rows = self.tables[batch.rows, :, :used].long().to(device) * geometry.tokens_per_block
@@ -111,17 +112,17 @@ class ReferenceBackend(AttentionBackend):
 
     def attend(self, call: AttentionCall, query: torch.Tensor) -> torch.Tensor:
         """Attends group by group."""
-        batch = self._require_batch()
+        self._require_batch()
         kind = self.arena.geometry.layers[call.layer]
         out = torch.empty(*query.shape[:2], kind.value_dim, dtype=query.dtype, device=query.device)
         for group in self._groups:
-            key, value = self._gather(batch, group, call.layer)
+            key, value = self._gather(group, call.layer)
             selected = query if group.tokens is None else query[group.tokens]
             result = dense_attention(
                 selected.reshape(len(group.members), group.queries, *query.shape[1:]),
                 key,
                 value,
-                self._visible(batch, group, call),
+                self._visible(group, call),
                 call,
             ).flatten(0, 1)
             if group.tokens is None:
@@ -130,25 +131,25 @@ class ReferenceBackend(AttentionBackend):
                 out[group.tokens] = result
         return out
 
-    def _visible(self, batch: StepBatch, group: _Group, call: AttentionCall) -> torch.Tensor:
+    def _visible(self, group: _Group, call: AttentionCall) -> torch.Tensor:
         """Which gathered rows each query sees: [B, queries, S]."""
         own_slots = self._slot_counts[call.layer][group.members][:, None] - 1 - group.behind
         visible = group.slots <= own_slots[:, :, None]
         if call.window is not None:
             positions = group.slots
             if self._positions is not None:
-                sources = batch.sources[call.layer][group.members]
+                sources = self._sources[call.layer][group.members]
                 positions = self._positions[group.members, sources, : len(group.slots)][:, None, :]
             visible &= positions > group.query_positions[:, :, None] - call.window
         return visible
 
-    def _gather(self, batch: StepBatch, group: _Group, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gather(self, group: _Group, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [B, S, kv_heads, dim] of a group, from the tables of each sequence's source layer; zeros where none
         is."""
         geometry = self.arena.geometry
         kind = geometry.layers[layer]
         size, length = len(group.members), len(group.slots)
-        blocks = self._block_rows[group.members, batch.sources[layer][group.members], : geometry.blocks_for(length)]
+        blocks = self._block_rows[group.members, self._sources[layer][group.members], : geometry.blocks_for(length)]
         offsets = torch.arange(geometry.tokens_per_block, device=blocks.device)
         in_use = group.slots < self._slot_counts[layer][group.members][:, None]
         rows = (blocks[:, :, None] + offsets).flatten(1)[:, :length] * in_use

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvfold_server.kv.backends.native import NativeBackend
 from kvfold_server.kv.backends.reference import ReferenceBackend
+from kvfold_server.kv.backends.triton import TritonBackend
 from kvfold_server.kv.native.library import NativeUnavailableError, load_library
 
 if TYPE_CHECKING:
@@ -18,11 +19,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, type[AttentionBackend]] = {backend.name: backend for backend in (ReferenceBackend, NativeBackend)}
+BACKENDS: dict[str, type[AttentionBackend]] = {
+    backend.name: backend for backend in (ReferenceBackend, NativeBackend, TritonBackend)
+}
 
 
 def best_backend(device: torch.device, load: Callable[[], object] = load_library) -> str:
-    """The name of the fastest backend for a device. Logs a warning if it is not the one that should run there.
+    """The name of the backend for a device. Logs a warning if it is not the fastest one.
+
+    On GPUs that is the reference until a first run there has shown that the kernels for them are right: they are
+    taken by name.
 
     `load` raises NativeUnavailableError where there is no native library.
     """
