@@ -43,9 +43,11 @@ def padded(count: int) -> int:
 
 
 def decode_shape(group: int, key_dim: int, value_dim: int, value_bytes: int) -> LaunchShape:
-    """For sequences with one query; bound by memory, so all it needs is bytes in flight."""
-    tile = _fitting(padded(key_dim) + padded(value_dim), value_bytes, at_most=128)
-    return LaunchShape(rows=padded(group), tokens=1, tile=tile, split=DECODE_SPLIT, warps=4)
+    """For sequences with one query: bound by memory, so bytes in flight count. A large group is as good as a chunk."""
+    rows = padded(group)
+    is_large = rows > 2 * MIN_BLOCK
+    tile = _fitting(padded(key_dim) + padded(value_dim), value_bytes, at_most=64 if is_large else 128)
+    return LaunchShape(rows=rows, tokens=1, tile=tile, split=DECODE_SPLIT, warps=8 if is_large else 4)
 
 
 def prefill_shape(group: int, key_dim: int, value_dim: int, value_bytes: int) -> LaunchShape:
