@@ -13,6 +13,7 @@ that padded positions of a gather read zeros.
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +26,7 @@ class Arena:
     """`block_count` layer-blocks and the padding block, in `dtype` on `device`.
 
     On CPU the blocks lie in one anonymous mapping, aligned to the operating system's page and committed as they are
-    first written. `rows` views them as token rows: [(block_count + 1) * tokens_per_block, kv_heads * (key_dim +
+    first written, in huge pages where there are any. `rows` views them as token rows: [(block_count + 1) * tokens_per_block, kv_heads * (key_dim +
     value_dim)].
     """
 
@@ -41,6 +42,7 @@ class Arena:
             # Private: of a shared mapping, pages that were only read are committed too, and none can be given back.
             size = (block_count + 1) * geometry.block_bytes
             mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            _ask_for_huge_pages(mapping)
             self.rows = torch.frombuffer(mapping, dtype=dtype).view(shape)
         else:
             self.rows = torch.zeros(shape, dtype=dtype, device=device)
@@ -53,3 +55,13 @@ class Arena:
     def fill(self, value: float) -> None:
         """Overwrites every block but the padding block; tests fill with NaN to show that nothing unwritten is read."""
         self.rows[self.geometry.tokens_per_block :] = value
+
+
+def _ask_for_huge_pages(mapping: mmap.mmap) -> None:
+    """Attention reads blocks that lie anywhere in the arena; in small pages each of them costs several address lookups.
+
+    A block can be given back to the operating system all the same, which then splits the huge page.
+    """
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel that was built without them
+            mapping.madvise(mmap.MADV_HUGEPAGE)

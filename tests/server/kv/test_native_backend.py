@@ -137,6 +137,7 @@ VARIANTS = {
     "every head its own KV": replace(MIXED, kv_heads=6, dtype=torch.bfloat16),
     "one KV head": replace(MIXED, kv_heads=1, dtype=torch.bfloat16),
     "five heads a group": replace(MIXED, heads=10),
+    "nine heads a group, bf16": replace(MIXED, heads=18, dtype=torch.bfloat16),
     "wide values": replace(MIXED, value_dim=96),
     "wide keys, bf16": replace(MIXED, key_dim=192, value_dim=128, dtype=torch.bfloat16),
     "window": replace(MIXED, window=600),
@@ -193,6 +194,21 @@ def test_prefill_gives_the_same_bits_however_the_prompt_is_cut(dtype: torch.dtyp
     for last in (2, 33, 150):
         chunk = Cache(replace(setup, queries=(last,))).attend()[0]
         torch.testing.assert_close(chunk, whole[-last:], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name.lower())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_reads_no_slot_outside_the_window(dtype: torch.dtype, path: SimdPath) -> None:
+    setup = Setup(lengths=(700, 41), queries=(1, 1), window=37, dtype=dtype, path=path)
+    cache = Cache(setup)
+    expected = cache.attend()
+    per_block = cache.arena.geometry.tokens_per_block
+    for index, length in enumerate(setup.lengths):
+        slots = torch.arange(length - 37)
+        rows = cache.tables[index, 1].long()[slots // per_block] * per_block + slots % per_block
+        cache.arena.rows[rows] = math.nan
+    for result, before in zip(cache.attend(), expected, strict=True):
+        torch.testing.assert_close(result, before, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name.lower())

@@ -17,8 +17,8 @@ Plan &plan_for(Context &context, int64_t layer, int64_t heads, int64_t window) {
     for (Plan &plan : context.plans) {
         if (plan.layer == served && plan.heads == heads && plan.window == window) return plan;
     }
-    context.plans.push_back(make_plan(context.cache, sequences_at(context, layer), context.sequence_count, served,
-                                      heads, window, context.team.threads));
+    context.plans.push_back(
+        make_plan(context.cache, sequences_at(context, layer), context.sequence_count, served, heads, window));
     return context.plans.back();
 }
 
@@ -102,7 +102,7 @@ void attend(Context &context, int64_t layer, Call call) {
         context.pending = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(merges));
         context.pending_size = merges;
     }
-    for (int64_t i = 0; i < merges; ++i) context.pending[i].store(plan.merge_tasks[i], std::memory_order_relaxed);
+    for (int64_t i = 0; i < merges; ++i) context.pending[i].store(plan.merges[i].count, std::memory_order_relaxed);
 
     const int64_t partial_bytes = partial_floats(context.cache) * call.heads * static_cast<int64_t>(sizeof(float));
     const int64_t needed = context.kernels->scratch_bytes(context.cache, call.heads);
@@ -114,6 +114,9 @@ void attend(Context &context, int64_t layer, Call call) {
     char *scratch = context.scratch.reserve(stride * context.team.threads);
 
     Run work{&call, &plan, context.kernels, context.pending.get(), scratch, stride, {0}, {0}};
+    call.tasks = plan.tasks.data();
+    call.task_count = static_cast<int64_t>(plan.tasks.size());
+    call.next_task = &work.next_task;
     if (plan.total_cost < SHARED_COST) {
         take_tasks(&work);
     } else {

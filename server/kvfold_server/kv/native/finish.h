@@ -10,10 +10,10 @@ namespace {
 // What the weighted values of a row are multiplied with. A sink is one more logit that has no value.
 inline float normalizer(const Call &call, int64_t head, Running running) {
     if (call.sinks == nullptr) return 1.0f / running.sum;
-    const float sink = call.sinks[head];
+    const float sink = call.sinks[head] * LOG2_E;
     const float top = sink > running.top ? sink : running.top;
-    const float scale = exp_of_nonpositive_number(running.top - top);
-    return scale / (running.sum * scale + exp_of_nonpositive_number(sink - top));
+    const float scale = exp2_of_nonpositive_number(running.top - top);
+    return scale / (running.sum * scale + exp2_of_nonpositive_number(sink - top));
 }
 
 template <class Model>
@@ -56,8 +56,8 @@ void merge(const Call &call, const Merge &merged) {
         for (int64_t i = 1; i < merged.count; ++i) {
             const float *other = partial_result(call, merged.first_partial + i, head);
             const float top = other[dim] > running.top ? other[dim] : running.top;
-            const float mine = exp_of_nonpositive_number(running.top - top);
-            const float theirs = exp_of_nonpositive_number(other[dim] - top);
+            const float mine = exp2_of_nonpositive_number(running.top - top);
+            const float theirs = exp2_of_nonpositive_number(other[dim] - top);
             for (int64_t d = 0; d < dim; d += LANES) {
                 store(sums + d, fma(load(other + d), set1(theirs), mul(load(sums + d), set1(mine))));
             }

@@ -1,16 +1,34 @@
 // What the planner asks of a path: attention tasks, and the merging of their partial results.
 #pragma once
 
+#include <atomic>
+
 #include "cache.h"
 #include "interface.h"
 
 namespace kvfold {
+
+// A part of one sequence's attention that one thread computes. Decode: one query over slots [slots.first, slots.stop),
+// all heads. Prefill: queries [first_query, first_query + query_count), over all that they see, of one KV head.
+struct Task {
+    bool decodes;
+    int64_t sequence;
+    int64_t first_query;
+    int64_t query_count;
+    int64_t kv_head;  // of prefill
+    SlotRange slots;
+    int64_t partial;  // where a decode task leaves its partial result, or NO_PARTIAL: it writes the output
+    int64_t cost;
+};
 
 // One layer's attention over the whole batch.
 struct Call {
     const Cache *cache;
     const Sequence *sequences;
     const int64_t *sources;  // [B]: the layer whose table each sequence reads
+    const Task *tasks;
+    int64_t task_count;
+    const std::atomic<int64_t> *next_task;  // the one that is taken next, by any thread
     int64_t heads;
     int64_t window;
     float scaling;
@@ -21,20 +39,6 @@ struct Call {
     int64_t query_head;
     char *out;
     float *partials;
-};
-
-// A part of one sequence's attention that one thread computes. Decode: one query over slots [slots.first, slots.stop),
-// KV heads [first_head, stop_head). Prefill: queries [first_query, first_query + query_count), over all that they see.
-struct Task {
-    bool decodes;
-    int64_t sequence;
-    int64_t first_query;
-    int64_t query_count;
-    int64_t first_head;
-    int64_t stop_head;
-    SlotRange slots;
-    int64_t partial;  // where a decode task leaves its partial result, or NO_PARTIAL: it writes the output
-    int64_t cost;
 };
 
 constexpr int64_t NO_PARTIAL = -1;

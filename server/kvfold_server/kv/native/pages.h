@@ -14,7 +14,8 @@ constexpr int CHUNK = CHUNK_VECS * LANES;
 // Values as the numbers themselves.
 template <class Number>
 struct NumberPage {
-    using Stored = Number;
+    // Where a value lies in its vector.
+    static constexpr int64_t byte(int64_t index) { return index * static_cast<int64_t>(sizeof(Number)); }
 
     static Chunk read(const char *vector, int64_t index) {
         return load_chunk(reinterpret_cast<const Number *>(vector) + index);

@@ -5,15 +5,12 @@
 namespace kvfold {
 namespace {
 
-// Slots of a partial result at most: long enough that merging costs about 1%, short enough to occupy many cores.
-constexpr int64_t PARTITION_SLOTS = 512;
+// Slots of a partial result at most: long enough that starting and merging it costs 1 to 2%, short enough to occupy
+// many cores.
+constexpr int64_t PARTITION_SLOTS = 256;
 
 // Partitions start at multiples of this, which is the tile of the decode kernel.
 constexpr int64_t PARTITION_ALIGNMENT = 16;
-
-// With fewer tasks than this for each thread, decode tasks are cut by KV head too, which changes no result: more tasks
-// make the threads finish together, larger ones read memory in longer runs.
-constexpr int64_t TASKS_PER_THREAD = 8;
 
 // Costs in processor cycles, roughly; only their ratios matter.
 constexpr int64_t DECODE_BYTES_PER_COST = 4;
@@ -28,30 +25,22 @@ int64_t partition_stop(SlotRange range, int64_t index, int64_t count) {
     return std::min(range.stop, start + (index + 1) * size);
 }
 
-void add_decode(Plan &plan, const Cache &cache, const Sequence &sequence, int64_t index, int64_t heads_per_task) {
+void add_decode(Plan &plan, const Cache &cache, const Sequence &sequence, int64_t index) {
     const SlotRange range = visible_slots(sequence, 0, plan.window);
     const int64_t partitions = divide_up(range.stop - range.first, PARTITION_SLOTS);
     const int64_t first_partial = plan.partial_count;
-    const int64_t bytes_per_slot = heads_per_task * (cache.key_bytes + cache.value_bytes);
     int64_t first = range.first;
-    int64_t added = 0;
     for (int64_t partition = 0; partition < partitions; ++partition) {
         const int64_t stop = partition_stop(range, partition, partitions);
         if (stop <= first) break;  // alignment left nothing for the last one
-        for (int64_t head = 0; head < cache.kv_heads; head += heads_per_task) {
-            const int64_t stop_head = std::min(head + heads_per_task, cache.kv_heads);
-            const int64_t partial = partitions > 1 ? first_partial + partition : NO_PARTIAL;
-            const int64_t cost = (stop - first) * bytes_per_slot / DECODE_BYTES_PER_COST;
-            plan.tasks.push_back({true, index, 0, 1, head, stop_head, {first, stop}, partial, cost});
-            ++added;
-        }
-        if (partitions > 1) ++plan.partial_count;
+        const int64_t partial = partitions > 1 ? plan.partial_count++ : NO_PARTIAL;
+        const int64_t cost = (stop - first) * cache.row_bytes / DECODE_BYTES_PER_COST;
+        plan.tasks.push_back({true, index, 0, 1, 0, {first, stop}, partial, cost});
         first = stop;
     }
     if (partitions > 1) {
         plan.merge_of[index] = static_cast<int64_t>(plan.merges.size());
         plan.merges.push_back({index, first_partial, plan.partial_count - first_partial});
-        plan.merge_tasks.push_back(added);
     }
 }
 
@@ -65,7 +54,7 @@ void add_prefill(Plan &plan, const Cache &cache, const Sequence &sequence, int64
         const int64_t values = (slots.stop - slots.first) * (cache.key_dim + cache.value_dim);
         const int64_t cost = values * (count * group + 1) / PREFILL_VALUES_PER_COST;
         for (int64_t head = 0; head < cache.kv_heads; ++head) {
-            plan.tasks.push_back({false, index, first, count, head, head + 1, slots, NO_PARTIAL, cost});
+            plan.tasks.push_back({false, index, first, count, head, slots, NO_PARTIAL, cost});
         }
     }
 }
@@ -73,18 +62,11 @@ void add_prefill(Plan &plan, const Cache &cache, const Sequence &sequence, int64
 }  // namespace
 
 Plan make_plan(const Cache &cache, const Sequence *sequences, int64_t count, int64_t layer, int64_t heads,
-               int64_t window, int32_t threads) {
-    Plan plan{layer, window, heads, 0, 0, {}, {}, std::vector<int64_t>(static_cast<size_t>(count), NO_MERGE), {}};
-    int64_t whole_tasks = 0;
-    for (int64_t index = 0; index < count; ++index) {
-        const Sequence &sequence = sequences[index];
-        const SlotRange last = visible_slots(sequence, sequence.query_count - 1, window);
-        whole_tasks += sequence.query_count == 1 ? divide_up(last.stop - last.first, PARTITION_SLOTS) : cache.kv_heads;
-    }
-    const int64_t heads_per_task = threads > 1 && whole_tasks < TASKS_PER_THREAD * threads ? 1 : cache.kv_heads;
+               int64_t window) {
+    Plan plan{layer, window, heads, 0, 0, {}, {}, std::vector<int64_t>(static_cast<size_t>(count), NO_MERGE)};
     for (int64_t index = 0; index < count; ++index) {
         if (sequences[index].query_count == 1) {
-            add_decode(plan, cache, sequences[index], index, heads_per_task);
+            add_decode(plan, cache, sequences[index], index);
         } else {
             add_prefill(plan, cache, sequences[index], index);
         }

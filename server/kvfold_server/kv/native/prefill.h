@@ -94,7 +94,7 @@ void attend_span(const Call &call, int64_t slot, const PrefillState<Product> &st
         products_to_logits(call, logits[0], count * SPAN);
         for (int r = 0; r < count; ++r) {
             if (!whole) mask_logits(logits[r], slot, SPAN, state.visible[(row + r) / state.group]);
-            corrections[r] = update(state.running[row + r], logits[r], SPAN);
+            corrections[r] = update(state.running[row + r], logits[r]);
             for (int i = 0; i < SPAN; i += LANES) store(weights[r] + i, load(logits[r] + i));
         }
         multiply<Product>(reinterpret_cast<const Element *>(weights[0]), SPAN / Product::DEPTH, state.values,
@@ -110,7 +110,7 @@ void prefill(const Call &call, const Task &task, char *scratch) {
     const int32_t *table = block_table(cache, sequence.row, call.sources[task.sequence]);
     const int64_t group = call.heads / cache.kv_heads;
     const int64_t first_token = sequence.first_token + task.first_query;
-    const int64_t first_head = task.first_head * group;
+    const int64_t first_head = task.kv_head * group;
     const PrefillState<Product> state = lay_out<Product>(call, task, scratch);
     for (int64_t row = 0; row < state.rows; ++row) {
         const int64_t token = first_token + row / group;
@@ -121,8 +121,8 @@ void prefill(const Call &call, const Task &task, char *scratch) {
     for (int64_t slot = task.slots.first / SPAN * SPAN; slot < task.slots.stop; slot += SPAN) {
         const char *rows[SPAN];
         find_rows(cache, table, slot, task.slots.stop, rows);
-        Product::pack_keys(rows, key_offset(cache, task.first_head), cache.key_dim, state.keys);
-        Product::pack_values(rows, value_offset(cache, task.first_head), cache.value_dim, state.values);
+        Product::pack_keys(rows, key_offset(cache, task.kv_head), cache.key_dim, state.keys);
+        Product::pack_values(rows, value_offset(cache, task.kv_head), cache.value_dim, state.values);
         attend_span(call, slot, state);
     }
     for (int64_t row = 0; row < state.rows; ++row) {

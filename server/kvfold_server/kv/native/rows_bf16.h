@@ -6,6 +6,12 @@
 namespace kvfold {
 namespace {
 
+// A number that the compiler knows.
+template <int64_t VALUE>
+struct Fixed {
+    constexpr operator int64_t() const { return VALUE; }
+};
+
 inline __m512bh as_bf16(__m512i x) { return reinterpret_cast<__m512bh>(x); }
 
 // Vectors hold eight dimensions of four rows, so that a row's sum is spread over four lanes only, and all heads share
@@ -24,44 +30,60 @@ struct RowProduct<Bf16, NumberPage<Bf16>> {
         }
     }
 
-    // keys[k]: dimensions 8 k .. 8 k + 7, from `byte` on, of rows[0], rows[4], rows[8] and rows[12].
-    static void load_quarters(const char *const *rows, int64_t byte, __m512i (&keys)[4]) {
-        const __m512i a = _mm512_loadu_si512(rows[0] + byte);
-        const __m512i b = _mm512_loadu_si512(rows[4] + byte);
-        const __m512i c = _mm512_loadu_si512(rows[8] + byte);
-        const __m512i d = _mm512_loadu_si512(rows[12] + byte);
+    // words[k]: dimensions 8 k .. 8 k + 7, from `byte` on, of rows i, i + 4, i + 8 and i + 12.
+    [[gnu::always_inline]] static void load_quarters(const Piece &keys, int i, int64_t byte, __m512i (&words)[4]) {
+        const __m512i a = _mm512_loadu_si512(keys.row(i) + byte);
+        const __m512i b = _mm512_loadu_si512(keys.row(i + 4) + byte);
+        const __m512i c = _mm512_loadu_si512(keys.row(i + 8) + byte);
+        const __m512i d = _mm512_loadu_si512(keys.row(i + 12) + byte);
         const __m512i low_ab = _mm512_shuffle_i32x4(a, b, 0x44);
         const __m512i high_ab = _mm512_shuffle_i32x4(a, b, 0xee);
         const __m512i low_cd = _mm512_shuffle_i32x4(c, d, 0x44);
         const __m512i high_cd = _mm512_shuffle_i32x4(c, d, 0xee);
-        keys[0] = _mm512_shuffle_i32x4(low_ab, low_cd, 0x88);
-        keys[1] = _mm512_shuffle_i32x4(low_ab, low_cd, 0xdd);
-        keys[2] = _mm512_shuffle_i32x4(high_ab, high_cd, 0x88);
-        keys[3] = _mm512_shuffle_i32x4(high_ab, high_cd, 0xdd);
+        words[0] = _mm512_shuffle_i32x4(low_ab, low_cd, 0x88);
+        words[1] = _mm512_shuffle_i32x4(low_ab, low_cd, 0xdd);
+        words[2] = _mm512_shuffle_i32x4(high_ab, high_cd, 0x88);
+        words[3] = _mm512_shuffle_i32x4(high_ab, high_cd, 0xdd);
     }
 
+    // The usual dimensions are known to the compiler, which then unrolls the loops.
     template <int HEADS>
-    static void multiply(const Query *queries, int64_t dim, const char *const *rows, int64_t offset,
-                         float *const (&products)[HEADS]) {
+    static void multiply(const Query *queries, int64_t dim, const Piece &keys, float (&products)[HEADS][GROUP]) {
+        switch (dim) {
+            case 64: return multiply_dim<HEADS>(queries, Fixed<64>(), keys, products);
+            case 128: return multiply_dim<HEADS>(queries, Fixed<128>(), keys, products);
+            default: multiply_dim<HEADS>(queries, dim, keys, products);
+        }
+    }
+
+    template <int HEADS, class Dim>
+    [[gnu::noinline]] static void multiply_dim(const Query *queries, Dim dim, const Piece &keys,
+                                               float (&products)[HEADS][GROUP]) {
         Vec sums[4][HEADS];  // [i]: rows i, 4 + i, 8 + i and 12 + i, a quarter of the lanes each
+#pragma GCC unroll 2
         for (int i = 0; i < 4; i += 2) {
             // Two at a time: their additions do not wait for each other.
             Vec even[HEADS];
             Vec odd[HEADS];
             for (int h = 0; h < HEADS; ++h) even[h] = odd[h] = set1(0.0f);
+#pragma GCC unroll 4
             for (int64_t d = 0; d < dim; d += 32) {
-                const int64_t byte = offset + d * static_cast<int64_t>(sizeof(Bf16));
-                __m512i even_keys[4];
-                __m512i odd_keys[4];
-                load_quarters(rows + i, byte, even_keys);
-                load_quarters(rows + i + 1, byte, odd_keys);
+                const int64_t byte = d * static_cast<int64_t>(sizeof(Bf16));
+                __m512i even_words[4];
+                __m512i odd_words[4];
+                load_quarters(keys, i, byte, even_words);
+                load_quarters(keys, i + 1, byte, odd_words);
+                for (int row = i; row < GROUP; row += 4) {
+                    keys.fetch(row, byte);
+                    keys.fetch(row + 1, byte);
+                }
 #pragma GCC unroll 4
                 for (int k = 0; k < 4; ++k) {
 #pragma GCC unroll 4
                     for (int h = 0; h < HEADS; ++h) {
                         const __m512bh query = as_bf16(_mm512_loadu_si512(queries + 4 * (h * dim + d) + 32 * k));
-                        even[h] = _mm512_dpbf16_ps(even[h], as_bf16(even_keys[k]), query);
-                        odd[h] = _mm512_dpbf16_ps(odd[h], as_bf16(odd_keys[k]), query);
+                        even[h] = _mm512_dpbf16_ps(even[h], as_bf16(even_words[k]), query);
+                        odd[h] = _mm512_dpbf16_ps(odd[h], as_bf16(odd_words[k]), query);
                     }
                 }
             }
@@ -99,16 +121,18 @@ struct ValueSum<Bf16, NumberPage<Bf16>> {
     using Order = InterleavedOrder;
 
     template <int HEADS, int CHUNKS>
-    static void add(const Tile &tile, int64_t offset, int64_t d, const Weight (&weights)[HEADS][MAX_TILE],
+    static void add(const Piece &values, int stop, int64_t d, const Weight (&weights)[HEADS][GROUP],
                     Vec (&sums)[HEADS][CHUNKS][CHUNK_VECS]) {
-        const int64_t byte = offset + d * static_cast<int64_t>(sizeof(Bf16));
-        for (int t = 0; t < tile.count; t += 2) {
-            __m512bh values[CHUNKS][CHUNK_VECS];
+        for (int t = 0; t < stop; t += 2) {
+            __m512bh words[CHUNKS][CHUNK_VECS];
             for (int c = 0; c < CHUNKS; ++c) {
-                const __m512i a = _mm512_loadu_si512(tile.rows[t] + byte + c * 64);
-                const __m512i b = _mm512_loadu_si512(tile.rows[t + 1] + byte + c * 64);
-                values[c][0] = as_bf16(_mm512_unpacklo_epi16(a, b));
-                values[c][1] = as_bf16(_mm512_unpackhi_epi16(a, b));
+                const int64_t byte = (d + c * CHUNK) * static_cast<int64_t>(sizeof(Bf16));
+                values.fetch(t, byte);
+                values.fetch(t + 1, byte);
+                const __m512i a = _mm512_loadu_si512(values.row(t) + byte);
+                const __m512i b = _mm512_loadu_si512(values.row(t + 1) + byte);
+                words[c][0] = as_bf16(_mm512_unpacklo_epi16(a, b));
+                words[c][1] = as_bf16(_mm512_unpackhi_epi16(a, b));
             }
             for (int h = 0; h < HEADS; ++h) {
                 int32_t pair;
@@ -116,7 +140,7 @@ struct ValueSum<Bf16, NumberPage<Bf16>> {
                 const __m512bh weight = as_bf16(_mm512_set1_epi32(pair));
                 for (int c = 0; c < CHUNKS; ++c) {
                     for (int v = 0; v < CHUNK_VECS; ++v) {
-                        sums[h][c][v] = _mm512_dpbf16_ps(sums[h][c][v], weight, values[c][v]);
+                        sums[h][c][v] = _mm512_dpbf16_ps(sums[h][c][v], weight, words[c][v]);
                     }
                 }
             }

@@ -33,6 +33,7 @@ inline Vec with_sign_of(Vec magnitude, Vec sign) { return _mm512_or_ps(magnitude
 inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
 }
+inline bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 inline Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
 inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a); }

@@ -31,6 +31,7 @@ inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec abs(Vec a) { return std::fabs(a); }
 inline Vec with_sign_of(Vec magnitude, Vec sign) { return std::copysign(magnitude, sign); }
 inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return a < b ? yes : no; }
+inline bool any_greater(Vec a, Vec b) { return a > b; }
 inline Vec round(Vec a) { return std::nearbyint(a); }
 inline float reduce_max(Vec a) { return a; }
 inline float reduce_add(Vec a) { return a; }

@@ -1,4 +1,4 @@
-// Tiles of slots for decode: where their rows lie, and fetching them ahead of use.
+// Groups of slots for decode: where their rows lie, and fetching them ahead of use.
 #pragma once
 
 #include "cache.h"
@@ -7,87 +7,75 @@
 namespace kvfold {
 namespace {
 
-constexpr int GROUP = 16;     // slots whose dot products are made together
-constexpr int MAX_TILE = 32;  // slots of a tile at most, a multiple of GROUP
+// Slots that are worked on together. Blocks hold a multiple of them (kvfold_scheduler/geometry.py), so that the rows of
+// a tile lie side by side.
+constexpr int GROUP = 16;
 
-// Two tiles, the one in work and the one that is being fetched, fit any second-level cache.
-constexpr int64_t TILE_BYTES = 64 << 10;
+// Bytes of the smallest page of memory that has an address of its own to look up.
+constexpr int64_t OS_PAGE = 4096;
 
-// Slots of a tile; the row's size alone decides.
-inline int tile_slots(const Cache &cache) { return MAX_TILE * cache.row_bytes <= TILE_BYTES ? MAX_TILE : GROUP; }
-
-// The rows of slots [slot, slot + count); entries up to the next multiple of GROUP repeat the last row.
+// GROUP slots of a table, of which those in `seen` count.
 struct Tile {
-    const char *rows[MAX_TILE];
-    int64_t slot;
-    int count;
+    const char *rows;
+    SlotRange seen;
+
+    bool is_whole() const { return seen.first == 0 && seen.stop == GROUP; }
 };
 
-inline int round_to_groups(int slots) { return (slots + GROUP - 1) / GROUP * GROUP; }
-
-// Fills `tile` with up to `size` slots from `slot` on; it is empty from `stop` on.
-inline void find_tile(const Cache &cache, const int32_t *table, int64_t slot, int64_t stop, int size, Tile &tile) {
-    tile.slot = slot;
-    tile.count = static_cast<int>(stop - slot < size ? stop - slot : size);
-    if (tile.count <= 0) {
-        tile.count = 0;
-        return;
-    }
-    int64_t in_block = slot % cache.tokens_per_block;
-    const char *row = slot_row(cache, table, slot);
-    for (int i = 0; i < tile.count; ++i) {
-        if (in_block == cache.tokens_per_block) {
-            in_block = 0;
-            row = slot_row(cache, table, slot + i);
-        }
-        tile.rows[i] = row;
-        row += cache.row_bytes;
-        ++in_block;
-    }
-    for (int i = tile.count; i < round_to_groups(tile.count); ++i) tile.rows[i] = tile.rows[tile.count - 1];
+// The tile from `slot` on, a multiple of GROUP; at least one of its slots is among `slots`.
+inline Tile find_tile(const Cache &cache, const int32_t *table, SlotRange slots, int64_t slot) {
+    const int64_t first = slots.first - slot;
+    const int64_t stop = slots.stop - slot;
+    return {slot_row(cache, table, slot), {first > 0 ? first : 0, stop < GROUP ? stop : GROUP}};
 }
 
-// Fetches what a task needs of a tile's rows, a few lines at a time between pieces of other work.
-//
-// Into the second-level cache: the first level can wait for too few lines at once to use the memory's whole speed, and
-// blocks lie in any order, so that the processor cannot guess the next one.
-class Fetcher {
-  public:
-    Fetcher(const Cache &cache, const Tile &tile, int64_t first_head, int64_t stop_head)
-        : tile_(tile),
-          keys_{key_offset(cache, first_head), key_offset(cache, stop_head)},
-          values_{value_offset(cache, first_head), value_offset(cache, stop_head)},
-          offset_(keys_.first) {}
+// Where the rows of a tile lie, from its first one on. Those that do not count are not read, since they may hold
+// anything: the nearest one that counts stands for them.
+struct RowOffsets {
+    int64_t of[GROUP];
 
-    // Lines of the whole tile.
-    int64_t lines() const {
-        const int64_t bytes = keys_.stop - keys_.first + values_.stop - values_.first;
-        return tile_.count * (bytes / CACHE_LINE + 2);
-    }
-
-    void fetch(int64_t lines) {
-        for (; lines > 0 && row_ < tile_.count; --lines) {
-            __builtin_prefetch(tile_.rows[row_] + offset_, 0, 2);
-            offset_ += CACHE_LINE;
-            if (offset_ >= keys_.stop && offset_ < values_.first) offset_ = values_.first;
-            if (offset_ >= values_.stop) {
-                offset_ = keys_.first;
-                ++row_;
-            }
+    RowOffsets(const Cache &cache, SlotRange seen) {
+        for (int64_t i = 0; i < GROUP; ++i) {
+            const int64_t row = i < seen.first ? seen.first : i < seen.stop ? i : seen.stop - 1;
+            of[i] = row * cache.row_bytes;
         }
     }
+};
 
-  private:
-    struct Bytes {
-        int64_t first;
-        int64_t stop;
-    };
+// How many tiles before it is read a tile's pages are looked up.
+constexpr int64_t PAGES_AHEAD = 8;
 
-    const Tile &tile_;
-    Bytes keys_;
-    Bytes values_;
-    int64_t offset_;
-    int row_ = 0;
+// Looks up the addresses of a tile's pages: that may take longer than reading memory, so it comes long before the lines
+// are fetched. Always inlined: GCC drops calls of functions that only fetch.
+[[gnu::always_inline]] inline void find_pages(const Cache &cache, const Tile &tile) {
+    for (int64_t byte = 0; byte < GROUP * cache.row_bytes; byte += OS_PAGE) __builtin_prefetch(tile.rows + byte, 0, 2);
+}
+
+// One head's keys, or values, in the rows of a tile, and what to fetch while they are read, line by line: the same
+// piece of the next tile, from memory to the second-level cache, and the piece that is read after this one, from there
+// to the first level.
+//
+// Memory's whole speed needs more lines on their way at once than the first level can wait for, and blocks lie in any
+// order, so that the processor cannot guess them. It drops fetches to the second level that come faster than memory
+// answers: they go with the reading, evenly, and each line is asked for again when the piece after it is read.
+//
+// Where keys and values differ in size, some lines are asked for once only, and some that nobody needs are fetched.
+struct Piece {
+    const char *data;
+    const char *next[2];  // for rows with even and with odd numbers
+    const char *again;
+    const char *soon;
+    const int64_t *offsets;
+
+    const char *row(int i) const { return data + offsets[i]; }
+
+    // Fetches ahead for the line at `byte` of row `i`.
+    [[gnu::always_inline]] void fetch(int i, int64_t byte) const {
+        const int64_t offset = offsets[i] + byte;
+        __builtin_prefetch(next[i % 2] + offset, 0, 2);
+        __builtin_prefetch(again + offset, 0, 2);
+        __builtin_prefetch(soon + offset, 0, 3);
+    }
 };
 
 }  // namespace
