@@ -23,6 +23,10 @@ KEPT_BYTES = 1 << 30
 """Freed buffers up to this size stay with the process. With glibc's own bound, each step would return its logits and
 activations to the system and page-fault them in anew."""
 
+NEW_OBJECTS = 10_000
+"""How many objects more than before set off a collection. A token that is sent to each of 500 streams makes some 5,000,
+all of which go by themselves soon after; Python's own bound of 700 would have them searched for garbage seven times."""
+
 
 def prepare_runtime() -> None:
     """Call first of all: what OpenMP is told has no effect once torch is imported.
@@ -53,7 +57,12 @@ def lasting_imports() -> Iterator[None]:
         gc.enable()
 
 
-def keep_what_is_there() -> None:
-    """What has been built lives as long as the process, too: garbage is freed for the last time, the rest is kept."""
+def spare_loaded_objects() -> None:
+    """Call when all is loaded that stays for the life of the process: garbage is not looked for there any more.
+
+    Those are 100,000 objects and more. Searching them again and again is a tenth of what a front end does, and each
+    time all streams stand still.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(NEW_OBJECTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -55,6 +56,8 @@ class ServeProcess:
 
 KvfoldServe = Callable[..., contextlib.AbstractContextManager[ServeProcess]]
 
+FAKE = "kvfold_server.engine.fake:start_engine"
+
 
 @pytest.fixture(scope="session")
 def kvfold_serve(tmp_path_factory: pytest.TempPathFactory) -> KvfoldServe:
@@ -82,6 +85,23 @@ def kvfold_serve(tmp_path_factory: pytest.TempPathFactory) -> KvfoldServe:
             finally:
                 if process.poll() is None:
                     process.kill()
+
+    return start
+
+
+@pytest.fixture
+def serve_fake(
+    kvfold_serve: KvfoldServe, tmp_path: Path, default_model_folder: Path
+) -> Callable[..., contextlib.AbstractContextManager[ServeProcess]]:
+    """Serves what stands for a model where none has to be good: the fake engine, with the default model's tokenizer.
+
+    Keywords are those of FakeSettings.
+    """
+
+    def start(*arguments: str, **settings: object) -> contextlib.AbstractContextManager[ServeProcess]:
+        shutil.copy(default_model_folder / "tokenizer.json", tmp_path)
+        (tmp_path / "fake_engine.json").write_text(json.dumps(settings))
+        return kvfold_serve("--model", str(tmp_path), *arguments, KVFOLD_ENGINE_FACTORY=FAKE)
 
     return start
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 QUESTION = {"messages": [{"role": "ROLE_USER", "content": "What is the capital of France?"}]}
 GREEDY = {"temperature": 0}
-FAKE = "kvfold_server.engine.fake:start_engine"
 
 
 def is_alive(process_id: int) -> bool:
@@ -145,16 +143,8 @@ def test_a_server_under_sigterm_finishes_what_runs(default_server: Any) -> None:
     assert not is_alive(engine)
 
 
-@pytest.fixture
-def fake_model(tmp_path: Path, default_model_folder: Path) -> Path:
-    """What stands for a model where none has to be good: the fake engine, with the default model's tokenizer."""
-    shutil.copy(default_model_folder / "tokenizer.json", tmp_path)
-    (tmp_path / "fake_engine.json").write_text('{"step_seconds": 0.01}')
-    return tmp_path
-
-
-def test_a_killed_server_leaves_no_engine_behind(kvfold_serve: KvfoldServe, fake_model: Path) -> None:
-    with kvfold_serve("--model", str(fake_model), KVFOLD_ENGINE_FACTORY=FAKE) as server:
+def test_a_killed_server_leaves_no_engine_behind(serve_fake: KvfoldServe) -> None:
+    with serve_fake(step_seconds=0.01) as server:
         (engine,) = server.engine_ids()
         server.process.kill()
         server.process.wait(10)
@@ -164,9 +154,9 @@ def test_a_killed_server_leaves_no_engine_behind(kvfold_serve: KvfoldServe, fake
             time.sleep(0.05)
 
 
-def test_a_second_signal_ends_the_server_at_once(kvfold_serve: KvfoldServe, fake_model: Path) -> None:
+def test_a_second_signal_ends_the_server_at_once(serve_fake: KvfoldServe) -> None:
     with (
-        kvfold_serve("--model", str(fake_model), KVFOLD_ENGINE_FACTORY=FAKE) as server,
+        serve_fake(step_seconds=0.01) as server,
         grpc.insecure_channel(server.address) as channel,
     ):
         call = generation_pb2_grpc.GenerationServiceStub(channel).GenerateStream(

@@ -9,7 +9,7 @@ import sys
 def test_the_garbage_collector_leaves_alone_what_lasts() -> None:
     program = """
 import gc
-from kvfold_server.runtime import keep_what_is_there, lasting_imports
+from kvfold_server.runtime import lasting_imports, spare_loaded_objects
 
 with lasting_imports():
     import asyncio, unittest.mock
@@ -17,7 +17,7 @@ with lasting_imports():
 print(gc.isenabled(), len(gc.get_objects()) < 1000)
 built = [[] for _ in range(10_000)]
 print(len(gc.get_objects()) > 10_000)
-keep_what_is_there()
+spare_loaded_objects()
 print(len(gc.get_objects()) < 1000)
 """
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)

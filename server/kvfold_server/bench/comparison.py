@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,10 +24,19 @@ class Subject:
     vocabulary_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A subject's median run of a workload. `ratio_to_first` is the median, over all rounds, of its tokens per second
+    over those of the first subject in that round: a machine whose speed drifts changes it less than either."""
+
+    run: Measurement
+    ratio_to_first: float
+
+
 def alternate(
     subjects: Sequence[Subject], workloads: Sequence[Workload], repeats: int, report: Callable[[str], None]
-) -> list[Measurement]:
-    """The median run of each subject on each workload, after one warm-up each. All subjects get the same prompts."""
+) -> list[Outcome]:
+    """The outcome of each subject on each workload, after one warm-up each. All subjects get the same prompts."""
     source = random.Random(0)  # noqa: S311 - prompts, not secrets
     vocabulary = min(subject.vocabulary_size for subject in subjects)
 
@@ -35,7 +45,7 @@ def alternate(
 
     for subject in subjects:
         subject.run(workloads[0], prompts(workloads[0]))
-    medians: list[Measurement] = []
+    outcomes: list[Outcome] = []
     for workload in workloads:
         runs: dict[int, list[Measurement]] = {index: [] for index in range(len(subjects))}
         for repeat in range(repeats):
@@ -47,5 +57,10 @@ def alternate(
                     f"{measurement.name}, {workload.batch} requests, run {repeat + 1} of {repeats}: "
                     f"{measurement.tokens_per_second:.1f} tokens/s"
                 )
-        medians.extend(median_run(found) for found in runs.values())
-    return medians
+        outcomes.extend(_outcome(found, runs[0]) for found in runs.values())
+    return outcomes
+
+
+def _outcome(runs: Sequence[Measurement], first: Sequence[Measurement]) -> Outcome:
+    ratios = [run.tokens_per_second / other.tokens_per_second for run, other in zip(runs, first, strict=True)]
+    return Outcome(median_run(runs), statistics.median(ratios))

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from typing import TYPE_CHECKING
 
 import grpc.aio
+import uvloop
 
 from kvfold.v1 import generation_pb2, generation_pb2_grpc
 from kvfold_server.bench.measurement import Measurement, Workload, measured
+from kvfold_server.bench.processor_time import processor_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kvfold_server.bench.server_process import RunningServer
+
 NAME = "kvfold-grpc"
 
 
-def run_grpc(address: str, model: str, workload: Workload, prompts: Sequence[Sequence[int]]) -> Measurement:
+def run_grpc(server: RunningServer, model: str, workload: Workload, prompts: Sequence[Sequence[int]]) -> Measurement:
     """Opens one stream a prompt at once on one channel, generates greedily to the full length, and times each token's
-    arrival."""
-    return asyncio.run(_run(address, model, workload, prompts))
+    arrival; takes down what processor time that cost the front end."""
+    before = processor_seconds(server.process_id)
+    measurement = uvloop.run(_run(server.address, model, workload, prompts))
+    after = processor_seconds(server.process_id)
+    if before is None or after is None:
+        return measurement
+    return dataclasses.replace(measurement, front_end_cpu_s=after - before)
 
 
 async def _run(address: str, model: str, workload: Workload, prompts: Sequence[Sequence[int]]) -> Measurement:

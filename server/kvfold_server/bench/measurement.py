@@ -22,7 +22,10 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One run of a workload. Times are in seconds; those that cannot be seen from outside are None."""
+    """One run of a workload. Times are in seconds; those that cannot be seen from outside are None.
+
+    `front_end_cpu_s` is the processor time that a server's front end used, the engine's not counted.
+    """
 
     name: str
     workload: Workload
@@ -30,11 +33,22 @@ class Measurement:
     ttft_p50_s: float | None = None
     itl_p50_s: float | None = None
     itl_p99_s: float | None = None
+    front_end_cpu_s: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Generated tokens of all requests."""
+        return self.workload.batch * self.workload.new_tokens
 
     @property
     def tokens_per_second(self) -> float:
         """Generated tokens of all requests over the time from the first submission to the last token."""
-        return self.workload.batch * self.workload.new_tokens / self.seconds
+        return self.tokens / self.seconds
+
+    @property
+    def front_end_cpu_s_per_1000_tokens(self) -> float | None:
+        """What a token costs the front end, a thousand times, its share of its request's validation included."""
+        return None if self.front_end_cpu_s is None else self.front_end_cpu_s * 1000 / self.tokens
 
 
 def measured(name: str, workload: Workload, start: float, token_times: Sequence[Sequence[float]]) -> Measurement:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,18 @@ STARTUP_SECONDS = 300
 """A model may have to be fetched and converted first."""
 
 
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """Where a server listens, and the process that is its front end."""
+
+    address: str
+    process_id: int
+
+
 @contextmanager
-def running_server(arguments: Sequence[str]) -> Iterator[str]:
-    """Starts `kvfold serve` on a free port and yields its address; stops it at the end. Raises RuntimeError if it does
-    not start."""
+def running_server(arguments: Sequence[str]) -> Iterator[RunningServer]:
+    """Starts `kvfold serve` on a free port and yields it; stops it at the end. Raises RuntimeError if it does not
+    start."""
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "ready.json"
         command = [sys.executable, "-m", "kvfold_server", *arguments, "--port", "0", "--ready-file", str(ready)]
@@ -34,7 +43,7 @@ def running_server(arguments: Sequence[str]) -> Iterator[str]:
                 if time.monotonic() > deadline:
                     raise RuntimeError(f"the server was not ready after {STARTUP_SECONDS} seconds")
                 time.sleep(0.05)
-            yield json.loads(ready.read_text("utf-8"))["address"]
+            yield RunningServer(json.loads(ready.read_text("utf-8"))["address"], process.pid)
         finally:
             process.terminate()
             try:

@@ -54,10 +54,10 @@ def grpc_subject(options: EngineOptions, stack: ExitStack) -> Subject:
     ):
         if value is not None:
             arguments += [flag, str(value)]
-    address = stack.enter_context(running_server(arguments))
+    server = stack.enter_context(running_server(arguments))
 
     def run(workload: Workload, prompts: Prompts) -> Measurement:
-        return run_grpc(address, "bench", workload, prompts)
+        return run_grpc(server, "bench", workload, prompts)
 
     vocabulary_size: int = AutoConfig.from_pretrained(resolve_model(options.model), local_files_only=True).vocab_size
     return Subject(run, vocabulary_size)

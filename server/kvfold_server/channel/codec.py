@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from google.protobuf.message import DecodeError
 
@@ -22,7 +22,7 @@ from kvfold_server.generation.request import GenerationRequest, RequestId, Sampl
 from kvfold_server.wire import decode_position, decode_report, encode_position, encode_report
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
     from kvfold_server.channel.messages import EngineMessage, FrontEndMessage
     from kvfold_server.generation.events import EngineEvent
@@ -170,13 +170,15 @@ def _prompt_frame(event: PromptScored) -> bytes:
     return pack_frame(frame.SerializeToString())
 
 
-def _encode_events(events: Iterable[EngineEvent], output: engine_pb2.StepOutput) -> None:
+def _encode_events(events: Sequence[EngineEvent], output: engine_pb2.StepOutput) -> None:
+    tokens = [event for event in events if isinstance(event, TokenGenerated)]
+    output.request_ids.extend([token.request_id for token in tokens])
+    output.token_ids.extend([token.token_id for token in tokens])
+    for index, token in enumerate(tokens):
+        if token.logprobs is not None:
+            output.scored.add(index=index, logprobs=encode_position(token.logprobs))
     for event in events:
-        if isinstance(event, TokenGenerated):
-            token = output.tokens.add(request_id=event.request_id, token_id=event.token_id)
-            if event.logprobs is not None:
-                token.logprobs.CopyFrom(encode_position(event.logprobs))
-        elif isinstance(event, RequestFinished):
+        if isinstance(event, RequestFinished):
             output.finished.add(
                 request_id=event.request_id,
                 cause=CAUSES[event.cause],
@@ -187,18 +189,17 @@ def _encode_events(events: Iterable[EngineEvent], output: engine_pb2.StepOutput)
 
 
 def _decode_events(output: engine_pb2.StepOutput) -> tuple[EngineEvent, ...]:
+    count = len(output.token_ids)
+    if len(output.request_ids) != count or any(scored.index >= count for scored in output.scored):
+        raise CodecError("a frame of the engine does not say whose its tokens are")
+    tokens = list(map(TokenGenerated, cast("Sequence[RequestId]", output.request_ids), output.token_ids))
+    for scored in output.scored:
+        tokens[scored.index] = tokens[scored.index]._replace(logprobs=decode_position(scored.logprobs))
     events: list[EngineEvent] = [
         PromptScored(RequestId(scored.request_id), tuple(map(decode_position, scored.logprobs)))
         for scored in output.prompts
     ]
-    events.extend(
-        TokenGenerated(
-            RequestId(token.request_id),
-            token.token_id,
-            decode_position(token.logprobs) if token.HasField("logprobs") else None,
-        )
-        for token in output.tokens
-    )
+    events.extend(tokens)
     events.extend(
         RequestFinished(
             RequestId(finished.request_id),

@@ -119,7 +119,7 @@ class EngineHandle:
         self.snapshot = None
         self._set_ready(False)
         for stream in list(self._streams.values()):
-            if stream.touched or stream.attempts >= MAX_ATTEMPTS or not was_ready:
+            if stream.request is None or stream.attempts >= MAX_ATTEMPTS or not was_ready:
                 self._fail(stream, EngineUnavailableError(f"the engine of model {self.name!r} was lost and restarts"))
 
     def fail_all(self, error: RequestError) -> None:

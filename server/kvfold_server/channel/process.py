@@ -19,7 +19,7 @@ from kvfold_server.channel.messages import LoadFailed
 from kvfold_server.engine.options import EngineOptions
 from kvfold_server.engine.stages import Stages
 from kvfold_server.logs import configure_logging
-from kvfold_server.runtime import keep_what_is_there, prepare_runtime
+from kvfold_server.runtime import prepare_runtime, spare_loaded_objects
 
 if TYPE_CHECKING:
     from kvfold_server.channel.messages import FrontEndMessage
@@ -54,7 +54,7 @@ def main() -> int:
         except Exception as error:  # whatever is wrong with a model, the operator has to be told
             channel.send(LoadFailed(_describe(error)))
             return 1
-        keep_what_is_there()
+        spare_loaded_objects()
         logger.info("ready in %s", stages)
         try:
             EngineLoop(engine, channel, heart, inbox).run_for_ever()

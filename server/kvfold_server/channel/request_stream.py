@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvfold_server.generation.errors import (
     EngineFailureError,
@@ -21,12 +20,16 @@ if TYPE_CHECKING:
     from kvfold_server.generation.events import PositionLogprobs
     from kvfold_server.generation.request import GenerationRequest, RequestId
 
-MAX_UNREAD = 2048
-"""Unread tokens, each with its alternatives counted, that a stream keeps: below 256 KiB with all log-probabilities."""
+MAX_UNREAD_BYTES = 200 * 2**10
+"""What a stream keeps for a reader that is busy with its last message; with that message it is below 256 KiB."""
+
+TOKEN_BYTES = 100
+LOGPROB_BYTES = 164
+ALTERNATIVE_BYTES = 120
+"""The most that a token takes as objects or in a message, what its log-probability adds, and each alternative."""
 
 
-@dataclass(frozen=True, slots=True)
-class StreamBatch:
+class StreamBatch(NamedTuple):
     """Everything that arrived since the last batch. `logprobs` has an entry a token if they were asked for."""
 
     prompt_logprobs: tuple[PositionLogprobs, ...] | None
@@ -39,7 +42,8 @@ class RequestStream:
     """A bounded buffer between the engine's link and one reader. Tokens that arrive before the reader comes are joined.
 
     Every stream ends once: with a batch that has `finished`, or with a RequestError. A reader that lets too much wait
-    loses the stream with SlowReaderError, and `on_overflow` is called to end the request in the engine.
+    loses the stream with SlowReaderError, and `on_overflow` is called to end the request in the engine. One that waits
+    itself does not: if much comes at once, because this process stood still, it is not the reader's fault.
     """
 
     __slots__ = (
@@ -50,27 +54,25 @@ class RequestStream:
         "_prompt_logprobs",
         "_stopping",
         "_token_ids",
-        "_unread",
+        "_unread_bytes",
         "_waiter",
         "attempts",
         "pool_bytes",
         "request",
         "request_id",
-        "touched",
     )
 
     def __init__(self, request: GenerationRequest, on_overflow: Callable[[RequestStream], None]) -> None:
         self.request_id: RequestId = request.request_id
         self.request: GenerationRequest | None = request
         """Kept until the engine has said something: until then it can be submitted again."""
-        self.touched = False
         self.attempts = 1
         self.pool_bytes = 0
         self._on_overflow = on_overflow
         self._prompt_logprobs: tuple[PositionLogprobs, ...] | None = None
         self._token_ids: list[int] = []
         self._logprobs: list[PositionLogprobs] = []
-        self._unread = 0
+        self._unread_bytes = 0
         self._finished: RequestFinished | None = None
         self._error: RequestError | None = None
         self._stopping = False
@@ -81,13 +83,15 @@ class RequestStream:
         while self._error is None and self._finished is None and not self._token_ids:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
+            self._waiter = None
         if self._error is not None:
             raise self._error
         batch = StreamBatch(self._prompt_logprobs, self._token_ids, self._logprobs, self._finished)
         self._prompt_logprobs = None
         self._token_ids = []
-        self._logprobs = []
-        self._unread = 0
+        if self._logprobs:
+            self._logprobs = []
+        self._unread_bytes = 0
         return batch
 
     def ignore_tokens(self) -> None:
@@ -96,10 +100,9 @@ class RequestStream:
 
     def push(self, event: EngineEvent) -> None:
         """Takes an event from the engine. Prompt log-probabilities wait for the first token."""
-        self.touched = True
         self.request = None
         if isinstance(event, TokenGenerated):
-            if not self._stopping:
+            if self._error is None and not self._stopping:
                 self._push_token(event)
         elif isinstance(event, PromptScored):
             self._prompt_logprobs = event.logprobs
@@ -115,14 +118,12 @@ class RequestStream:
             self._wake()
 
     def _push_token(self, event: TokenGenerated) -> None:
-        if self._error is not None:
-            return
         self._token_ids.append(event.token_id)
-        self._unread += 1
+        self._unread_bytes += TOKEN_BYTES
         if event.logprobs is not None:
             self._logprobs.append(event.logprobs)
-            self._unread += len(event.logprobs.top)
-        if self._unread > MAX_UNREAD:
+            self._unread_bytes += LOGPROB_BYTES + ALTERNATIVE_BYTES * len(event.logprobs.top)
+        if self._unread_bytes > MAX_UNREAD_BYTES and self._waiter is None:
             self.fail(SlowReaderError())
             self._on_overflow(self)
         self._wake()

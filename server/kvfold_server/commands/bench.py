@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from kvfold_server.bench.measurement import Measurement, Workload
+    from kvfold_server.bench.comparison import Outcome
+    from kvfold_server.bench.measurement import Workload
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -43,15 +44,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     from kvfold_server.bench.comparison import Subject, alternate
     from kvfold_server.bench.subjects import engine_subject, generate_subject, grpc_subject
+    from kvfold_server.runtime import spare_loaded_objects
 
     makers = {"engine": engine_subject, "generate": generate_subject, "grpc": grpc_subject}
     with ExitStack() as stack:
         subjects: list[Subject] = [makers[name](options, stack) for name in wanted]
-        measurements = alternate(subjects, workloads, arguments.repeats, _report)
+        spare_loaded_objects()
+        outcomes = alternate(subjects, workloads, arguments.repeats, _report)
     if arguments.json:
-        sys.stdout.write(json.dumps({"runs": [_as_json(measurement) for measurement in measurements]}, indent=2) + "\n")
+        sys.stdout.write(json.dumps({"runs": [_as_json(outcome) for outcome in outcomes]}, indent=2) + "\n")
     else:
-        _print_table(measurements)
+        _print_table(outcomes)
     return 0
 
 
@@ -71,7 +74,8 @@ def _workloads(arguments: argparse.Namespace) -> list[Workload]:
     return [Workload(batch, arguments.prompt_tokens, arguments.new_tokens) for batch in batches]
 
 
-def _as_json(measurement: Measurement) -> dict[str, object]:
+def _as_json(outcome: Outcome) -> dict[str, object]:
+    measurement = outcome.run
     return {
         "name": measurement.name,
         "batch": measurement.workload.batch,
@@ -81,26 +85,41 @@ def _as_json(measurement: Measurement) -> dict[str, object]:
         "ttft_p50_s": measurement.ttft_p50_s,
         "itl_p50_s": measurement.itl_p50_s,
         "itl_p99_s": measurement.itl_p99_s,
+        "ratio_to_first": outcome.ratio_to_first,
+        "front_end_cpu_s_per_1000_tokens": measurement.front_end_cpu_s_per_1000_tokens,
     }
 
 
-def _print_table(measurements: Sequence[Measurement]) -> None:
+def _print_table(outcomes: Sequence[Outcome]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Generated tokens per second (medians)")
-    for heading in ("", "requests", "prompt + new", "tokens/s", "first token p50", "between tokens p50", "p99"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for measurement in measurements:
-        workload = measurement.workload
+    table = Table(title="Medians; times in ms", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("", no_wrap=True)
+    for heading in (
+        "requests,\ntokens",
+        "tokens/s",
+        "of the\nfirst",
+        "first\ntoken",
+        "between\ntokens",
+        "p99",
+        "front end,\n1,000 tokens",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for outcome in outcomes:
+        measurement, workload = outcome.run, outcome.run.workload
+        times = (
+            measurement.ttft_p50_s,
+            measurement.itl_p50_s,
+            measurement.itl_p99_s,
+            measurement.front_end_cpu_s_per_1000_tokens,
+        )
         table.add_row(
-            measurement.name,
-            str(workload.batch),
-            f"{workload.prompt_tokens} + {workload.new_tokens}",
+            measurement.name.rpartition("-")[2],
+            f"{workload.batch} of {workload.prompt_tokens}+{workload.new_tokens}",
             f"{measurement.tokens_per_second:.1f}",
-            *(
-                "" if seconds is None else f"{seconds * 1000:,.0f} ms"
-                for seconds in (measurement.ttft_p50_s, measurement.itl_p50_s, measurement.itl_p99_s)
-            ),
+            f"{outcome.ratio_to_first:.2f}",
+            *("" if seconds is None else f"{seconds * 1000:,.0f}" for seconds in times),
         )
     Console().print(table)

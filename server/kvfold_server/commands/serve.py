@@ -83,12 +83,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     import asyncio
 
+    import uvloop
+
     from kvfold_server.channel.supervisor import EngineLoadError
     from kvfold_server.logs import configure_logging
 
     configure_logging(settings.log_level, "server")
     try:
-        asyncio.run(_serve(settings))
+        uvloop.run(_serve(settings))
     except (EngineLoadError, OSError) as error:
         logging.getLogger(__name__).debug("the server ends", exc_info=True)
         print(f"kvfold serve: {error}", file=sys.stderr)
@@ -103,7 +105,9 @@ async def _serve(settings: ServerSettings) -> None:
     import signal
 
     from kvfold_server.application import Application
+    from kvfold_server.runtime import spare_loaded_objects
 
+    spare_loaded_objects()
     application = Application(settings)
     loop = asyncio.get_running_loop()
     serving = asyncio.current_task(loop)

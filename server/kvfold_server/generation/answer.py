@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from kvfold_server.generation.events import MemoryReport, PositionLogprobs
@@ -29,8 +29,7 @@ class AnswerEnd:
     stop_token_id: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerChunk:
+class AnswerChunk(NamedTuple):
     """What came since the last chunk. `end` is set in the last one."""
 
     text: str

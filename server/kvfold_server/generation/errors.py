@@ -59,7 +59,7 @@ class SlowReaderError(RequestError):
     """More of the answer waits than the server keeps for a client that does not read."""
 
     def __init__(self) -> None:
-        super().__init__("the stream was read too slowly; its request was cancelled")
+        super().__init__("stalled reader: more of the answer waits than the server keeps; the request was cancelled")
 
 
 class OverloadedError(RequestError):

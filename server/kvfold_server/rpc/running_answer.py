@@ -9,7 +9,7 @@ from kvfold_server.generation.answer import AnswerChunk, AnswerEnd, EndReason
 from kvfold_server.generation.errors import DeadlineError
 from kvfold_server.generation.events import FinishCause
 from kvfold_server.text.answer import AnswerText
-from kvfold_server.text.detokenizer import Detokenizer
+from kvfold_server.text.detokenizer import make_detokenizer
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -40,7 +40,7 @@ class RunningAnswer:
         deadline: float | None = None,
     ) -> None:
         """Raises EngineUnavailableError if there is no engine to submit to."""
-        detokenizer = Detokenizer(tokenizer, request.prompt_token_ids, skip_special_tokens=skip_special_tokens)
+        detokenizer = make_detokenizer(tokenizer, request.prompt_token_ids, skip_special_tokens=skip_special_tokens)
         self._text = AnswerText(detokenizer, stop_strings)
         self._handle = handle
         self._prompt_tokens = len(request.prompt_token_ids)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvfold_server.text.stop import StopScanner
 
@@ -13,8 +12,7 @@ if TYPE_CHECKING:
     from kvfold_server.text.detokenizer import Detokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerPiece:
+class AnswerPiece(NamedTuple):
     """Text that became certain, how many of the given tokens count, and the stop string that ended the answer."""
 
     text: str

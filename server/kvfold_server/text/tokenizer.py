@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
+from kvfold_server.text.byte_pieces import BytePieces
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
@@ -23,7 +25,7 @@ class Tokenizer:
     """Turns text into token ids and back. Safe to use from several threads.
 
     `special_ids` are left out of text when special tokens are to be skipped; `special_tokens` maps names such as
-    "eos_token" to their text.
+    "eos_token" to their text; `byte_pieces` is None unless the vocabulary is of bytes.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> None:
@@ -32,6 +34,7 @@ class Tokenizer:
         named = [token for token in special_tokens.values() if backend.token_to_id(token) is not None]
         backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in named])
         self._backend = backend
+        self.byte_pieces = BytePieces(backend) if isinstance(backend.decoder, tokenizers.decoders.ByteLevel) else None
         self.special_tokens = dict(special_tokens)
         self.special_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special

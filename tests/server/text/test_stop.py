@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfold_server.text.answer import AnswerText
-from kvfold_server.text.detokenizer import Detokenizer
+from kvfold_server.text.detokenizer import make_detokenizer
 from kvfold_server.text.stop import StopScanner
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def test_a_stop_string_is_found_across_token_borders_and_the_tokens_up_to_it_cou
     byte_level_tokenizer: Tokenizer,
 ) -> None:
     tokens = byte_level_tokenizer.encode("Hello world, the END of it", add_special_tokens=False)
-    answer = AnswerText(Detokenizer(byte_level_tokenizer, []), ["END"])
+    answer = AnswerText(make_detokenizer(byte_level_tokenizer, []), ["END"])
     text, count = "", 0
     for token in tokens:
         piece = answer.add([token])
@@ -82,7 +82,7 @@ def test_a_stop_string_is_found_across_token_borders_and_the_tokens_up_to_it_cou
 
 def test_text_that_was_held_back_is_given_out_at_the_end(byte_level_tokenizer: Tokenizer) -> None:
     tokens = byte_level_tokenizer.encode("the EN", add_special_tokens=False)
-    answer = AnswerText(Detokenizer(byte_level_tokenizer, []), ["END"])
+    answer = AnswerText(make_detokenizer(byte_level_tokenizer, []), ["END"])
     assert answer.add(tokens).text == "the "
     assert answer.finish().text == "EN"
 

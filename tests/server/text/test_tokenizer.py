@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kvfold_server.generation.draft import ChatMessage
 from kvfold_server.text.chat import ChatTemplate, ChatTemplateError
-from kvfold_server.text.detokenizer import Detokenizer
+from kvfold_server.text.detokenizer import make_detokenizer
 from kvfold_server.text.tokenizer import Tokenizer, TokenizerError
 
 if TYPE_CHECKING:
@@ -128,6 +128,6 @@ def test_the_default_model_speaks_as_transformers_does(default_model_folder: Pat
         assert rendered == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         tokens = ours.encode(rendered, add_special_tokens=False)
         assert tokens == theirs(rendered, add_special_tokens=False)["input_ids"]
-        detokenizer = Detokenizer(ours, [])
+        detokenizer = make_detokenizer(ours, [])
         text = "".join([*(detokenizer.add(token) for token in tokens), detokenizer.finish()])
         assert text == theirs.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

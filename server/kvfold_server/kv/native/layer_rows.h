@@ -43,6 +43,14 @@ void rms_norm_rows(const void *argument, int64_t first_row, int64_t stop_row) {
     }
 }
 
+// e^x for x <= 0, by 2^y: what y loses in rounding comes back as a factor, since activations, unlike softmax weights,
+// are compared to the last bit with what a model's own code computes.
+inline Vec exp_of_nonpositive(Vec x) {
+    const Vec y = mul(x, set1(LOG2_E));
+    const Vec lost = fma(x, set1(LOG2_E), sub(set1(0.0f), y));
+    return mul(exp2_of_nonpositive(y), fma(lost, set1(0.69314718056f), set1(1.0f)));
+}
+
 // 1 / (1 + e^-x), by the exponential of whichever of x and -x is not above 0.
 inline Vec sigmoid(Vec x) {
     const Vec e = exp_of_nonpositive(sub(set1(0.0f), abs(x)));
