@@ -111,7 +111,7 @@ def test_text_is_kept_under_everything_that_determines_it() -> None:
         dataclasses.replace(PARAMETERS, sequences=4),
         dataclasses.replace(PARAMETERS, tokens=25),
         dataclasses.replace(PARAMETERS, seed=6),
-        dataclasses.replace(PARAMETERS, temperatures=(1.0,)),
+        dataclasses.replace(PARAMETERS, temperatures=(0.7, 1.0)),
         dataclasses.replace(PARAMETERS, top_p=0.9),
     ]
     names = {
