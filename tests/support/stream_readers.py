@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING
 from kvfold.v1 import generation_pb2, generation_pb2_grpc
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
     import grpc.aio
 
 ENDLESS = 50_000
