@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvfold.engine.v1 import engine_pb2
 from kvfold_server.channel.codec import (
     CodecError,
     decode_from_engine,
@@ -106,6 +107,18 @@ def test_a_frame_that_is_too_long_is_refused_on_both_sides() -> None:
         pack_frame(bytes(MAX_FRAME_BYTES + 1))
     with pytest.raises(FrameError):
         list(FrameBuffer().feed(HEADER.pack(MAX_FRAME_BYTES + 1)))
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        engine_pb2.StepOutput(request_ids=[1, 2], token_ids=[5]),
+        engine_pb2.StepOutput(token_ids=[5], request_ids=[1], scored=[engine_pb2.TokenScored(index=1)]),
+    ],
+)
+def test_tokens_of_nobody_and_scores_of_no_token_are_refused(output: engine_pb2.StepOutput) -> None:
+    with pytest.raises(CodecError):
+        decode_from_engine(engine_pb2.EngineFrame(step_output=output).SerializeToString())
 
 
 @pytest.mark.parametrize("decode", [decode_from_engine, decode_from_front_end])
