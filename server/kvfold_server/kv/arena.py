@@ -26,8 +26,8 @@ class Arena:
     """`block_count` layer-blocks and the padding block, in `dtype` on `device`.
 
     On CPU the blocks lie in one anonymous mapping, aligned to the operating system's page and committed as they are
-    first written, in huge pages where there are any. `rows` views them as token rows: [(block_count + 1) * tokens_per_block, kv_heads * (key_dim +
-    value_dim)].
+    first written, in huge pages where there are any. `rows` views them as token rows: [(block_count + 1) *
+    tokens_per_block, kv_heads * (key_dim + value_dim)].
     """
 
     def __init__(self, geometry: CacheGeometry, block_count: int, dtype: torch.dtype, device: torch.device) -> None:
