@@ -129,16 +129,15 @@ inline void attend_group(const Call &call, const Tile &tile, const Tile &next, i
     }
 }
 
-// Tile number `index` of the task that this thread is likely to take next, or `otherwise` if there is none: only to be
+// The first tile of the task that this thread is likely to take next, or `otherwise` if there is none: only to be
 // fetched.
-inline Tile upcoming_tile(const Call &call, int64_t index, const Tile &otherwise) {
-    const int64_t upcoming = call.next_task->load(std::memory_order_relaxed);
-    if (upcoming >= call.task_count || !call.tasks[upcoming].decodes) return otherwise;
-    const Task &task = call.tasks[upcoming];
-    const int64_t slot = (task.slots.first / GROUP + index) * GROUP;
-    if (slot >= task.slots.stop) return otherwise;
+inline Tile upcoming_tile(const Call &call, const Tile &otherwise) {
+    const int64_t index = call.next_task->load(std::memory_order_relaxed);
+    if (index >= call.task_count || !call.tasks[index].decodes) return otherwise;
+    const Task &task = call.tasks[index];
     const int64_t row = call.sequences[task.sequence].row;
-    return find_tile(*call.cache, block_table(*call.cache, row, call.sources[task.sequence]), task.slots, slot);
+    return find_tile(*call.cache, block_table(*call.cache, row, call.sources[task.sequence]), task.slots,
+                     task.slots.first / GROUP * GROUP);
 }
 
 // Takes all slots of a task into the state of its query heads.
@@ -147,17 +146,13 @@ void attend_slots(const Call &call, const Task &task, const State &state) {
     const Cache &cache = *call.cache;
     const Sequence &sequence = call.sequences[task.sequence];
     const int32_t *table = block_table(cache, sequence.row, call.sources[task.sequence]);
-    const int64_t first = task.slots.first / GROUP;
-    const int64_t count = (task.slots.stop + GROUP - 1) / GROUP - first;
-    const auto tile_at = [&](int64_t index, const Tile &otherwise) {
-        if (index >= count) return upcoming_tile(call, index - count, otherwise);
-        return find_tile(cache, table, task.slots, (first + index) * GROUP);
-    };
-    Tile tile = find_tile(cache, table, task.slots, first * GROUP);
+    const auto tile_at = [&](int64_t slot) { return find_tile(cache, table, task.slots, slot); };
+    int64_t slot = task.slots.first / GROUP * GROUP;
+    Tile tile = tile_at(slot);
     RowOffsets offsets(cache, tile.seen);
-    for (int64_t index = 0; index < count; ++index) {
-        const Tile next = tile_at(index + 1, tile);
-        find_pages(cache, tile_at(index + PAGES_AHEAD, tile));
+    for (; slot < task.slots.stop; slot += GROUP) {
+        const Tile next = slot + GROUP < task.slots.stop ? tile_at(slot + GROUP) : upcoming_tile(call, tile);
+        if (slot + LOOK_UP_SLOTS < task.slots.stop) look_up_pages(cache, tile_at(slot + LOOK_UP_SLOTS));
         for (int64_t kv_head = 0; kv_head < cache.kv_heads; ++kv_head) {
             attend_group<Model, Page>(call, tile, next, kv_head, offsets.of, state);
         }

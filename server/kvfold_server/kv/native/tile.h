@@ -42,12 +42,12 @@ struct RowOffsets {
     }
 };
 
-// How many tiles before it is read a tile's pages are looked up.
-constexpr int64_t PAGES_AHEAD = 8;
+// How many slots before it is read a tile's pages are looked up.
+constexpr int64_t LOOK_UP_SLOTS = 8 * GROUP;
 
 // Looks up the addresses of a tile's pages: that may take longer than reading memory, so it comes long before the lines
 // are fetched. Always inlined: GCC drops calls of functions that only fetch.
-[[gnu::always_inline]] inline void find_pages(const Cache &cache, const Tile &tile) {
+[[gnu::always_inline]] inline void look_up_pages(const Cache &cache, const Tile &tile) {
     for (int64_t byte = 0; byte < GROUP * cache.row_bytes; byte += OS_PAGE) __builtin_prefetch(tile.rows + byte, 0, 2);
 }
 
