@@ -35,10 +35,10 @@ class AttentionCall:
 class AttentionBackend(ABC):
     """Writes K and V to the arena and attends over block tables. One step at a time: `begin`, then each layer in turn.
 
-    `tables` is the scheduler's block tables as an int32 tensor [rows, layers, blocks_per_layer]. `slot_positions`, int32
-    [rows, layers, slots_per_layer], holds the positions of the tokens in the slots that are in use, ascending; it is read
-    only for tables that lost tokens, those with fewer slots in use than the sequence has tokens. None where nothing is
-    ever evicted. Both are shared, and never written here.
+    `tables` is the scheduler's block tables as an int32 tensor [rows, layers, blocks_per_layer]. `slot_positions`,
+    int32 [rows, layers, slots_per_layer], holds the positions of the tokens in the slots that are in use, ascending;
+    it is read only for tables that lost tokens, those with fewer slots in use than the sequence has tokens. None where
+    nothing is ever evicted. Both are shared, and never written here.
     """
 
     name: ClassVar[str]
