@@ -21,18 +21,17 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
-from itertools import accumulate, product
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from kvfold_scheduler.geometry import CacheGeometry, LayerKind
+from attention_setting import DTYPES, Setting, make_batch, make_settings
 from kvfold_server.kv.arena import Arena
 from kvfold_server.kv.backends.base import AttentionCall
 from kvfold_server.kv.backends.native import NativeBackend
 from kvfold_server.kv.native.library import SimdPath
-from kvfold_server.kv.step_batch import StepBatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,34 +43,6 @@ ORDERS = ("prompts", "grown", "random")
 
 CHUNK_PAGES = 32
 """Pages that a layer of a prompt takes at once: 512 tokens at 16 a page."""
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """Heads and head dimension of a model, the name of its data type, and the instruction set (None: the best)."""
-
-    heads: int
-    kv_heads: int
-    dim: int
-    dtype_name: str
-    path: SimdPath | None
-
-    @property
-    def shape(self) -> str:
-        """As on the command line."""
-        return f"{self.heads}/{self.kv_heads}/{self.dim}"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of queries, keys, values and output."""
-        return DTYPES[self.dtype_name]
-
-    @property
-    def token_bytes(self) -> int:
-        """K and V of one token at one layer."""
-        return self.kv_heads * 2 * self.dim * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +78,11 @@ class PrefillFigure:
     ratio_max: float
 
 
-def make_backend(setting: Setting, batch: int, context: int, layers: int, order: str) -> NativeBackend:
-    """A backend whose tables hold `context` tokens of `batch` sequences at each layer."""
-    kind = LayerKind(None, "rope", setting.kv_heads, setting.dim, setting.dim)
-    geometry = CacheGeometry((kind,) * layers, setting.dtype.itemsize)
+def make_backend(
+    setting: Setting, path: SimdPath | None, order: str, *, batch: int, context: int, layers: int
+) -> NativeBackend:
+    """A backend whose tables hold `context` tokens of `batch` sequences at each layer; `path`: None is the best."""
+    geometry = setting.geometry(layers)
     blocks = geometry.blocks_for(context)
     arena = Arena(geometry, batch * layers * blocks, setting.dtype, torch.device("cpu"))
     arena.rows.normal_()
@@ -121,21 +93,7 @@ def make_backend(setting: Setting, batch: int, context: int, layers: int, order:
         run = min(CHUNK_PAGES, blocks) if order == "prompts" else 1
         runs = torch.arange(arena.block_count).view(blocks // run, batch, layers, run).flip(3)
         pages = runs.permute(1, 2, 0, 3).reshape(batch, layers, blocks)
-    return NativeBackend(arena, (1 + pages).int().contiguous(), path=setting.path)
-
-
-def make_batch(batch: int, context: int, queries: int, layers: int) -> StepBatch:
-    """`queries` tokens at the end of each sequence."""
-    starts = tuple(accumulate([queries] * batch, initial=0))
-    return StepBatch(
-        token_count=starts[-1],
-        positions=torch.arange(context - queries, context).repeat(batch),
-        rows=torch.arange(batch),
-        query_starts=starts,
-        kv_lengths=(context,) * batch,
-        owner_tokens=(starts[-1],) * layers,
-        sources=torch.arange(layers)[:, None].expand(layers, batch).contiguous(),
-    )
+    return NativeBackend(arena, (1 + pages).int().contiguous(), path=path)
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -145,11 +103,13 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure_decode(setting: Setting, order: str, batch: int, context: int, repeats: int) -> DecodeFigure:
+def measure_decode(
+    setting: Setting, path: SimdPath | None, order: str, *, batch: int, context: int, repeats: int
+) -> DecodeFigure:
     """Decode of `batch` sequences over all layers of a pool."""
     layer_bytes = batch * context * setting.token_bytes
     layers = max(2, -(-POOL_BYTES // layer_bytes))
-    backend = make_backend(setting, batch, context, layers, order)
+    backend = make_backend(setting, path, order, batch=batch, context=context, layers=layers)
     backend.begin(make_batch(batch, context, 1, layers))
     query = torch.randn(batch, setting.heads, setting.dim).to(setting.dtype)
     words = backend.arena.rows.view(torch.int32)
@@ -181,9 +141,9 @@ def measure_decode(setting: Setting, order: str, batch: int, context: int, repea
     )
 
 
-def measure_prefill(setting: Setting, chunk: int, context: int, repeats: int) -> PrefillFigure:
+def measure_prefill(setting: Setting, path: SimdPath | None, chunk: int, context: int, repeats: int) -> PrefillFigure:
     """One sequence's chunk at the end of its context, in turn with torch on the same amount of work."""
-    backend = make_backend(setting, 1, context, 2, "grown")
+    backend = make_backend(setting, path, "grown", batch=1, context=context, layers=2)
     backend.begin(make_batch(1, context, chunk, 2))
     query = torch.randn(chunk, setting.heads, setting.dim).to(setting.dtype)
     dense_query = query.transpose(0, 1)[None].contiguous()
@@ -234,21 +194,20 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Measures, prints two tables, writes JSON."""
     arguments = parse_arguments()
-    settings = []
-    for shape, dtype in product(arguments.shapes, arguments.dtypes):
-        heads, kv_heads, dim = map(int, shape.split("/"))
-        settings.append(Setting(heads, kv_heads, dim, dtype, arguments.path))
+    settings = make_settings(arguments.shapes, arguments.dtypes)
     sys.stdout.write(f"threads: {torch.get_num_threads()}\n")
 
     decodes: list[DecodeFigure] = []
     for setting, order, batch, context in product(settings, arguments.orders, arguments.batches, arguments.contexts):
-        decodes.append(measure_decode(setting, order, batch, context, arguments.repeats))
+        decodes.append(
+            measure_decode(setting, arguments.path, order, batch=batch, context=context, repeats=arguments.repeats)
+        )
         print_row(decodes)
 
     prefills: list[PrefillFigure] = []
     for setting, chunk in product(settings, arguments.chunks):
         for context in sorted({chunk, 2048}):
-            prefills.append(measure_prefill(setting, chunk, context, arguments.repeats))
+            prefills.append(measure_prefill(setting, arguments.path, chunk, context, arguments.repeats))
             print_row(prefills)
 
     if arguments.json is not None:

@@ -29,9 +29,8 @@ import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from attention_kernel import DTYPES, make_batch
+from attention_setting import DTYPES, Setting, make_batch, make_settings
 from gpu_checks import Check, run_check, variants
-from kvfold_scheduler.geometry import CacheGeometry, LayerKind
 from kvfold_server.kv.arena import Arena
 from kvfold_server.kv.backends.base import AttentionCall
 from kvfold_server.kv.backends.triton import TritonBackend
@@ -48,31 +47,6 @@ COPIED_BYTES = 1 << 30
 
 GPU_CHECK = Check("plain", 0, 0, 0, torch.bfloat16, (1, 700, 4100, 33, 5000, 300), (1, 1, 1, 33, 200, 2))
 INTERPRETED_CHECK = Check("plain", 0, 0, 0, torch.bfloat16, (1, 300, 33), (1, 1, 33))
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """Heads and head dimension of a model, and the name of its data type."""
-
-    heads: int
-    kv_heads: int
-    dim: int
-    dtype_name: str
-
-    @property
-    def shape(self) -> str:
-        """As on the command line."""
-        return f"{self.heads}/{self.kv_heads}/{self.dim}"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of queries, keys, values and output."""
-        return DTYPES[self.dtype_name]
-
-    @property
-    def token_bytes(self) -> int:
-        """K and V of one token at one layer."""
-        return self.kv_heads * 2 * self.dim * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +90,7 @@ def measure(setting: Setting, batch: int, context: int, chunk: int, *, repeats: 
     """`chunk` queries at the end of each of `batch` contexts, over all layers of a pool."""
     layer_bytes = batch * context * setting.token_bytes
     layers = max(2, -(-POOL_BYTES // layer_bytes)) if device.type == "cuda" else 2
-    kind = LayerKind(None, "rope", setting.kv_heads, setting.dim, setting.dim)
-    geometry = CacheGeometry((kind,) * layers, setting.dtype.itemsize)
+    geometry = setting.geometry(layers)
     blocks = geometry.blocks_for(context)
     arena = Arena(geometry, batch * layers * blocks, setting.dtype, device)
     arena.rows.normal_()
@@ -208,10 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("gpu_attention: there is no CUDA device; checks alone run with TRITON_INTERPRET=1 too\n")
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = []
-    for shape, dtype in product(options.shapes, options.dtypes):
-        heads, kv_heads, dim = map(int, shape.split("/"))
-        settings.append(Setting(heads, kv_heads, dim, dtype))
+    settings = make_settings(options.shapes, options.dtypes)
 
     base = GPU_CHECK if device.type == "cuda" else INTERPRETED_CHECK
     checks = []

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SPINS = 1000
-"""How long an OpenMP thread spins for the next piece of work before it sleeps: about 20 microseconds, which covers most
-gaps between the products of a step and is less than waking up takes. The default, milliseconds, makes a step ten times
-as long on cores that are shared: spinning threads hold up the thread that they wait for."""
+"""How often an OpenMP thread looks for the next piece of work before it sleeps: 25 microseconds (Zen 4), which covers
+most gaps between the products of a step. The default, milliseconds, makes a step ten times as long on cores that are
+shared: spinning threads hold up the thread that they wait for."""
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3

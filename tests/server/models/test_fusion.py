@@ -14,6 +14,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
+from kvfold_server.kv.native.layer_ops import Activation
 from kvfold_server.models.fusion.gated_mlp import fuse_gated_mlp
 from kvfold_server.models.fusion.layers import fuse_layers
 from kvfold_server.models.fusion.rms_norm import fuse_rms_norm
@@ -104,6 +105,11 @@ def test_a_row_does_not_depend_on_the_others_or_on_threads(ops: LayerOps, dtype:
     together = ops.rms_norm(hidden, weight, 1e-6, weight_offset=0.0, round_first=True)
     alone = ops.rms_norm(hidden[:, 17:18], weight, 1e-6, weight_offset=0.0, round_first=True)
     assert torch.equal(together[:, 17:18], alone)
+
+
+def test_a_data_type_that_no_kernel_knows_is_refused_in_words(ops: LayerOps) -> None:
+    with pytest.raises(TypeError, match="float64"):
+        ops.gate(random(1, 4, 8, dtype=torch.float64), Activation.SILU)
 
 
 class ClampedNorm(LlamaRMSNorm):

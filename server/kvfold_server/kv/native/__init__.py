@@ -1,1 +1,1 @@
-"""The native attention library: its C++ sources, how it is built, and how it is loaded."""
+"""The native library, attention and layers' functions: its C++ sources, how it is built, and how it is loaded."""

@@ -8,10 +8,6 @@ namespace {
 
 constexpr int64_t CACHE_LINE = 64;
 
-// Work that one thread does before another has woken up is not worth sharing; in the plan's units, about 10
-// microseconds.
-constexpr int64_t SHARED_COST = 40'000;
-
 Plan &plan_for(Context &context, int64_t layer, int64_t heads, int64_t window) {
     const int64_t served = context.layers_differ ? layer : EVERY_LAYER;
     for (Plan &plan : context.plans) {

@@ -11,14 +11,6 @@ namespace {
 
 int64_t bytes_of(Number number) { return number == FLOAT32 ? 4 : 2; }
 
-// The fastest path that the machine, the build and the head dimensions allow.
-Path best_path(int64_t key_dim, int64_t value_dim) {
-    for (int32_t path = PATH_COUNT - 1; path > PLAIN; --path) {
-        if (path_available(Path(path)) && path_fits(Path(path), key_dim, value_dim)) return Path(path);
-    }
-    return PLAIN;
-}
-
 Cache lay_out(const CacheConfig &config, int64_t number_bytes) {
     Cache cache{};
     cache.arena = config.arena;

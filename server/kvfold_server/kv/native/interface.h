@@ -1,4 +1,5 @@
-// The C interface of the native attention library, as `kvfold_server/kv/backends/native.py` calls it through ctypes.
+// The C interface of the native library, which Python calls through ctypes: attention (kv/backends/native.py), and what
+// layers compute between their matrix products (layer_ops.py).
 //
 // One context serves one arena. A step is `begin`, then for each layer `write` and `attend`; calls of one context must
 // not overlap. Functions that can fail return 0 or one of the error codes below; nothing throws across this boundary.

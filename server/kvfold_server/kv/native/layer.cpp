@@ -10,9 +10,6 @@ using namespace kvfold;
 
 namespace {
 
-// Processor cycles below which waking another thread costs more than it brings.
-constexpr int64_t SHARED_CYCLES = 40'000;
-
 // Pieces that a thread's share is cut into, so that one that starts late does less.
 constexpr int64_t PIECES_PER_THREAD = 4;
 
@@ -35,7 +32,7 @@ void take_rows(void *argument) {
 
 // Every row is computed alone and in one order, so the number of threads changes no result.
 void run_rows(const Workers &workers, RowsKernel kernel, const void *call, int64_t rows, int64_t cycles_per_row) {
-    if (rows * cycles_per_row < SHARED_CYCLES || workers.threads <= 1) {
+    if (rows * cycles_per_row < SHARED_COST || workers.threads <= 1) {
         kernel(call, 0, rows);
         return;
     }
@@ -44,9 +41,9 @@ void run_rows(const Workers &workers, RowsKernel kernel, const void *call, int64
     run({reinterpret_cast<ParallelFunction>(workers.parallel), workers.threads}, take_rows, &work);
 }
 
-const LayerKernels *kernels_for(int32_t number, int64_t values) {
+const LayerKernels *kernels_for(int32_t number, int64_t width) {
     if (number < FLOAT32 || number > FLOAT16) return nullptr;
-    return find_layer_kernels(best_path(values), Number(number));
+    return find_layer_kernels(best_path(width, width), Number(number));
 }
 
 }  // namespace

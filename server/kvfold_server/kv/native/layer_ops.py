@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvfold_server.kv.native.library import NUMBERS, OK, load_library, torch_parallel_function
+from kvfold_server.kv.native.library import NO_NUMBER, NUMBERS, OK, load_library, torch_parallel_function
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,7 +124,7 @@ class LayerOps:
 
     def _run(self, function: Callable[..., int], dtype: torch.dtype, call: ctypes.Structure, rows: int) -> None:
         self._workers.threads = torch.get_num_threads()
-        if function(self._workers, NUMBERS[dtype], call, rows) != OK:
+        if function(self._workers, NUMBERS.get(dtype, NO_NUMBER), call, rows) != OK:
             raise TypeError(f"native kernels do not take {dtype}")
 
 

@@ -1,4 +1,4 @@
-"""Loads the native attention library and declares its functions; `interface.h` describes them."""
+"""Loads the native library and declares its functions for attention; `interface.h` describes them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ OK: Final = 0
 
 NUMBERS: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The library's names for the data types that it knows."""
+
+NO_NUMBER: Final = -1
+"""Stands for any other."""
 
 
 class SimdPath(IntEnum):

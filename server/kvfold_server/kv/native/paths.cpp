@@ -51,13 +51,13 @@ bool path_available(Path path) {
     return path >= PLAIN && path < PATH_COUNT && PATHS[path].built && processor_has(path);
 }
 
-bool path_fits(Path path, int64_t key_dim, int64_t value_dim) {
-    return key_dim % PATHS[path].chunk == 0 && value_dim % PATHS[path].chunk == 0;
+bool path_fits(Path path, int64_t first_width, int64_t second_width) {
+    return first_width % PATHS[path].chunk == 0 && second_width % PATHS[path].chunk == 0;
 }
 
-Path best_path(int64_t values) {
+Path best_path(int64_t first_width, int64_t second_width) {
     for (int32_t path = PATH_COUNT - 1; path > PLAIN; --path) {
-        if (path_available(Path(path)) && values % PATHS[path].chunk == 0) return Path(path);
+        if (path_available(Path(path)) && path_fits(Path(path), first_width, second_width)) return Path(path);
     }
     return PLAIN;
 }

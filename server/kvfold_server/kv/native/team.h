@@ -10,6 +10,9 @@ namespace kvfold {
 // so a team starts in about 2 microseconds, and no second set of threads competes for the cores.
 using ParallelFunction = void (*)(void (*function)(void *), void *argument, unsigned threads, unsigned flags);
 
+// Processor cycles, roughly. Less than this, about 10 microseconds, one thread does before another has woken up.
+constexpr int64_t SHARED_COST = 40'000;
+
 struct Team {
     ParallelFunction parallel;
     int32_t threads;
