@@ -106,7 +106,9 @@ class Worker:
         return answer
 
     def _stand_still(self) -> None:
+        """Returns when the worker's threads have stopped: a signal takes effect later than it is sent."""
         self._signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):  # all of the group may have ended
