@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kvfold_server.models.packed_weight import PackedWeight, can_pack
+from kvfold_server.models.packed_weight import can_pack, pack_weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ class Linears:
         separate = [module.weight.detach() for module in model.modules() if isinstance(module, nn.Linear)]
         self._forms = {"as they are": _dense(separate), "fused": _dense(fused)}
         if can_pack(model.dtype, model.device.type):
-            self._forms["fused and packed"] = [(weight.shape[1], PackedWeight(weight, None)) for weight in fused]
+            self._forms["fused and packed"] = [(weight.shape[1], pack_weight(weight, None)) for weight in fused]
         self._dtype = model.dtype
 
     @property

@@ -46,6 +46,7 @@ class ModelSettings(BaseModel):
     plan: Path | None = None
     device: str | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    weights: Literal["dtype", "int8"] = "dtype"
     kv_memory: ByteCount | None = None
     max_running: PositiveInt = 128
     max_waiting: PositiveInt = 1024
@@ -71,6 +72,7 @@ class ModelSettings(BaseModel):
             plan=None if self.plan is None else str(self.plan),
             device=self.device,
             dtype=self.dtype,
+            weights=self.weights,
             kv_memory_bytes=self.kv_memory,
             max_running=self.max_running,
             max_waiting=self.max_waiting,

@@ -58,6 +58,7 @@ def describe_model(info: ModelInfo) -> model_pb2.GetModelResponse:
     message = model_pb2.GetModelResponse(
         architecture=info.architecture,
         dtype=info.dtype,
+        weights=info.weights,
         context_length=info.context_length,
         vocabulary_size=info.vocabulary_size,
         layers=[_encode_layer(kind) for kind in info.geometry.layers],

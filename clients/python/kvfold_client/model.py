@@ -66,11 +66,15 @@ class SharingPlan:
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """A model. `kv_bytes_per_token` is the price of a token at depth 0, the only depth if there is no plan."""
+    """A model. `kv_bytes_per_token` is the price of a token at depth 0, the only depth if there is no plan.
+
+    `weights` is the form of its linear layers' weights: "int8", or the same as `dtype`.
+    """
 
     name: str
     architecture: str
     dtype: str
+    weights: str
     context_length: int
     vocabulary_size: int
     layers: tuple[Layer, ...]

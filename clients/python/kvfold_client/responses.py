@@ -92,6 +92,7 @@ def model_description(message: model_pb2.GetModelResponse) -> ModelDescription:
         name=message.name,
         architecture=message.architecture,
         dtype=message.dtype,
+        weights=message.weights,
         context_length=message.context_length,
         vocabulary_size=message.vocabulary_size,
         layers=tuple(

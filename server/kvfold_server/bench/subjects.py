@@ -45,7 +45,7 @@ def generate_subject(options: EngineOptions, _stack: ExitStack) -> Subject:
 
 def grpc_subject(options: EngineOptions, stack: ExitStack) -> Subject:
     """A server with an engine of the same options, streamed from over gRPC."""
-    arguments = ["--model", f"bench={options.model}", "--dtype", options.dtype]
+    arguments = ["--model", f"bench={options.model}", "--dtype", options.dtype, "--weights", options.weights]
     for flag, value in (
         ("--device", options.device),
         ("--attention-backend", options.attention_backend),

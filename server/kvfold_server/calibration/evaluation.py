@@ -1,8 +1,8 @@
 """The quality of an operating point, measured through the engine's own path: what is measured is what is served.
 
-The protocol: windows of `prefix + continuation` tokens, evenly spaced over a text. Each window runs twice through the
-same engine, exact and folded; the next-token distributions over the continuation are compared, the real tokens being
-given.
+The protocol: windows of `prefix + continuation` tokens, evenly spaced over a text. Each window runs exactly and folded,
+through the same engine, or through one with the model's own weights and one with rounded ones; the next-token
+distributions over the continuation are compared, the real tokens being given.
 """
 
 from __future__ import annotations
@@ -70,13 +70,18 @@ def evaluate(
     protocol: Protocol,
     shared_layers: int,
     progress: Callable[[int], None] = lambda _done: None,
+    *,
+    exact_engine: EngineCore | None = None,
 ) -> Evaluation:
-    """Runs every window exactly and at `shared_layers`. `progress` is called with the number of windows done."""
+    """Runs every window exactly and at `shared_layers`. `progress` is called with the number of windows done.
+
+    `exact_engine` runs the exact ones; by default it is `engine`, at depth 0.
+    """
     found: list[WindowDivergence] = []
     folded_bytes = exact_bytes = 0
     for done, window in enumerate(windows):
         exact, folded = _Continuation(protocol.prefix), _Continuation(protocol.prefix)
-        exact_bytes += _run(engine, window, 0, exact)
+        exact_bytes += _run(exact_engine or engine, window, 0, exact)
         folded_bytes += _run(engine, window, shared_layers, folded)
         targets = torch.tensor(window[protocol.prefix :])
         found.append(window_divergence(exact.logits(), folded.logits(), targets))

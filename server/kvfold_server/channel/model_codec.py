@@ -36,6 +36,7 @@ def decode_ready(ready: engine_pb2.Ready) -> ModelInfo:
     return ModelInfo(
         architecture=model.architecture,
         dtype=model.dtype,
+        weights=model.weights,
         context_length=model.context_length,
         vocabulary_size=model.vocabulary_size,
         geometry=CacheGeometry(layers, ready.value_bytes),

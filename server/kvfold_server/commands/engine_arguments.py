@@ -29,6 +29,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plan", type=Path, metavar="FILE", help="a sharing plan instead of the one that ships")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="(bfloat16)")
+    parser.add_argument(
+        "--weights", choices=("dtype", "int8"), default="dtype", help="of linear layers: as --dtype, or int8 (dtype)"
+    )
     parser.add_argument("--device", help="a torch device such as cpu or cuda (default: the best at hand)")
     parser.add_argument("--attention-backend", metavar="NAME", help="native or reference (default: the best at hand)")
     parser.add_argument(
@@ -50,6 +53,7 @@ def engine_options(arguments: argparse.Namespace) -> EngineOptions:
         plan=None if arguments.plan is None else str(arguments.plan),
         device=arguments.device,
         dtype=arguments.dtype,
+        weights=arguments.weights,
         kv_memory_bytes=kv_memory,
         attention_backend=arguments.attention_backend,
     )

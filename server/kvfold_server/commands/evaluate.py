@@ -1,4 +1,4 @@
-"""Measure the quality of a sharing depth through the engine's own path."""
+"""Measure the quality of a sharing depth, or of int8 weights, or of both, through the engine's own path."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
         protocol = Protocol(arguments.prefix, arguments.continuation, arguments.windows)
     except ValueError as error:
         raise CommandError(str(error)) from error
-    engine = build_engine(engine_options(arguments))
+    options = engine_options(arguments)
+    engine = build_engine(options)
+    exact_engine = engine if options.weights == "dtype" else build_engine(dataclasses.replace(options, weights="dtype"))
     if protocol.window_tokens > engine.info.context_length:
         raise CommandError(
             f"a window has {protocol.window_tokens} tokens, the model's context {engine.info.context_length}"
@@ -64,18 +66,26 @@ def run(arguments: argparse.Namespace) -> int:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("windows", total=len(windows))
         evaluation = evaluate(
-            engine, windows, protocol, arguments.shared_layers, lambda done: progress.update(task, completed=done)
+            engine,
+            windows,
+            protocol,
+            arguments.shared_layers,
+            lambda done: progress.update(task, completed=done),
+            exact_engine=exact_engine,
         )
-    print_evaluation(evaluation, protocol, arguments.shared_layers, as_json=arguments.json)
+    print_evaluation(evaluation, protocol, arguments.shared_layers, engine.info.weights, as_json=arguments.json)
     return 0
 
 
-def print_evaluation(evaluation: Evaluation, protocol: Protocol, shared_layers: int, *, as_json: bool) -> None:
+def print_evaluation(
+    evaluation: Evaluation, protocol: Protocol, shared_layers: int, weights: str, *, as_json: bool
+) -> None:
     """Writes the result to standard output, for a program or for a person."""
     quality = evaluation.quality
     if as_json:
         report = {
             "shared_layers": shared_layers,
+            "weights": weights,
             **dataclasses.asdict(protocol),
             "windows": evaluation.windows,
             **dataclasses.asdict(quality),
@@ -86,7 +96,7 @@ def print_evaluation(evaluation: Evaluation, protocol: Protocol, shared_layers: 
         return
     saved = 1 - evaluation.kv_bytes_per_token / evaluation.kv_bytes_per_token_exact
     sys.stdout.write(
-        f"{shared_layers} shared layers, {evaluation.windows} windows of "
+        f"{shared_layers} shared layers, weights in {weights}, {evaluation.windows} windows of "
         f"{protocol.prefix} + {protocol.continuation} tokens\n"
         f"perplexity       {quality.perplexity:.3f} (exact {quality.perplexity_exact:.3f})\n"
         f"quality cost     {quality.quality_cost:.2%} (95% interval {quality.quality_cost_low:.2%} to "

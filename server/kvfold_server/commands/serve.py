@@ -16,6 +16,7 @@ MODEL_FLAGS = (
     "plan",
     "device",
     "dtype",
+    "weights",
     "kv_memory",
     "max_running",
     "max_waiting",
@@ -58,6 +59,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="torch device (default: the best at hand)")
     group.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], help="of weights and KV (default: bfloat16)"
+    )
+    group.add_argument(
+        "--weights",
+        choices=["dtype", "int8"],
+        help="of linear layers: as --dtype, or int8, which takes half the memory of bfloat16 (default: dtype)",
     )
     group.add_argument(
         "--kv-memory", metavar="SIZE", help="size of the pool, such as 512MiB (default: a part of what is free)"

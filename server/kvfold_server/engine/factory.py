@@ -12,6 +12,7 @@ from kvfold_scheduler.scheduler import Scheduler, SchedulerLimits
 from kvfold_scheduler.sharing import SharingPlan
 from kvfold_server.engine.core import EngineCore
 from kvfold_server.engine.memory_size import default_kv_bytes
+from kvfold_server.engine.options import WEIGHT_FORMS
 from kvfold_server.engine.runner import Runner
 from kvfold_server.engine.stages import Stages
 from kvfold_server.generation.model_info import DepthQuality, ModelInfo
@@ -20,6 +21,7 @@ from kvfold_server.kv.backends.base import BackendUnavailableError
 from kvfold_server.kv.backends.native import NativeBackend
 from kvfold_server.kv.backends.registry import BACKENDS, best_backend
 from kvfold_server.kv.native.layer_ops import LayerOps
+from kvfold_server.models.int8_weight import int8_refusal
 from kvfold_server.models.loading import DTYPES, load_model
 from kvfold_server.models.patching import patch_model
 from kvfold_server.models.source import resolve_model
@@ -51,12 +53,18 @@ def build_engine(options: EngineOptions, stages: Stages | None = None) -> Engine
         names = ", ".join(BACKENDS)
         raise EngineOptionsError(f"the attention backend is one of {names}, not {options.attention_backend}")
     device = choose_device(options.device)
+    if options.weights not in WEIGHT_FORMS:
+        raise EngineOptionsError(f"weights is one of {', '.join(WEIGHT_FORMS)}, not {options.weights}")
+    int8_weights = options.weights == "int8"
+    if int8_weights and (reason := int8_refusal(device.type)) is not None:
+        raise EngineOptionsError(reason)
     options = dataclasses.replace(options, attention_backend=options.attention_backend or best_backend(device))
     folder = resolve_model(options.model)
     stages.begin("weights")
     loaded = load_model(folder, DTYPES[options.dtype], device)
     stages.begin("probe and check")
-    model = patch_model(loaded, LayerOps() if options.attention_backend == NativeBackend.name else None)
+    ops = LayerOps() if options.attention_backend == NativeBackend.name else None
+    model = patch_model(loaded, ops, int8_weights=int8_weights)
     stages.begin("plan")
     plan_file = find_plan(options.plan, folder, model.geometry)
     stages.begin("pool")
@@ -113,6 +121,7 @@ def assemble_engine(
     info = ModelInfo(
         architecture=model.architecture,
         dtype=options.dtype,
+        weights=options.dtype if options.weights == "dtype" else options.weights,
         context_length=model.context_length,
         vocabulary_size=model.vocabulary_size,
         geometry=geometry,

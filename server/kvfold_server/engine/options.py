@@ -6,6 +6,9 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+WEIGHT_FORMS = ("dtype", "int8")
+"""Weights of linear layers: in the model's data type, or rounded to int8."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
@@ -13,7 +16,7 @@ class EngineOptions:
 
     `model` is "default", a folder, a GGUF file or a hub id. `plan` is the path of a sharing plan; None takes the plan
     that ships for the model, if there is one. `device` is a torch device, `attention_backend` one of the registry;
-    None takes the best at hand.
+    None takes the best at hand. `weights` says in which form linear layers keep theirs, one of WEIGHT_FORMS.
     `kv_memory_bytes` is the size of the pool; None lets the engine choose a part of the memory that is free. The
     bounds are those of the scheduler.
     """
@@ -22,6 +25,7 @@ class EngineOptions:
     plan: str | None = None
     device: str | None = None
     dtype: str = "bfloat16"
+    weights: str = "dtype"
     kv_memory_bytes: int | None = None
     max_running: int = 128
     max_waiting: int = 1024

@@ -27,11 +27,13 @@ class DepthQuality:
 class ModelInfo:
     """A loaded model as its engine describes it.
 
-    `dtype` is a torch name such as "bfloat16". `context_length` bounds prompt and answer together, in tokens.
+    `dtype` is a torch name such as "bfloat16"; `weights` is the form of its linear layers' weights, "int8" or `dtype`.
+    `context_length` bounds prompt and answer together, in tokens.
     """
 
     architecture: str
     dtype: str
+    weights: str
     context_length: int
     vocabulary_size: int
     geometry: CacheGeometry

@@ -1,4 +1,4 @@
-"""Weights in the order in which oneDNN reads them.
+"""Weights in the form in which they are multiplied: as they were, or in the order in which oneDNN reads them.
 
 torch's own bf16 product reorders the weights in each call; reordered once, a step of few rows takes half the time,
 and the results are the same to the bit. The operations are private to torch, so they are tried before they are used.
@@ -6,6 +6,7 @@ and the results are the same to the bit. The operations are private to torch, so
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from functools import cache
 
 import torch
@@ -16,44 +17,108 @@ ROWS_HINT = 32
 """oneDNN chooses an order for about this many rows of input; that of 32 was as good as any from 1 to 512."""
 
 
+class WeightForm(nn.Module):
+    """A weight [out, in] in one form."""
+
+    @abstractmethod
+    def multiply(self, hidden: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """hidden [..., in] times the weight, plus bias [out]: [..., out]."""
+
+    @abstractmethod
+    def outputs(self, first: int, stop: int) -> WeightForm:
+        """Outputs [first, stop) in the same form."""
+
+    @abstractmethod
+    def dense(self) -> torch.Tensor:
+        """The weight [out, in] in the model's data type."""
+
+    @property
+    @abstractmethod
+    def packed_bytes(self) -> int:
+        """The memory that it takes beside its parameters."""
+
+
+class DenseWeight(WeightForm):
+    """As it was."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def multiply(self, hidden: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """By torch's own product."""
+        return functional.linear(hidden, self.weight, bias)
+
+    def outputs(self, first: int, stop: int) -> DenseWeight:
+        """A view."""
+        return DenseWeight(self.weight[first:stop])
+
+    def dense(self) -> torch.Tensor:
+        """The weight itself."""
+        return self.weight
+
+    @property
+    def packed_bytes(self) -> int:
+        """None: the weight is a parameter."""
+        return 0
+
+
+class ReorderedWeight(WeightForm):
+    """A copy in oneDNN's order; see `can_pack`."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self._reordered: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
+
+    def multiply(self, hidden: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """By oneDNN's product."""
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self._reordered, bias, "none", [], "")
+        return result
+
+    def outputs(self, first: int, stop: int) -> ReorderedWeight:
+        """A copy."""
+        return ReorderedWeight(self.dense()[first:stop])
+
+    def dense(self) -> torch.Tensor:
+        """A copy."""
+        return self._reordered.to_dense()
+
+    @property
+    def packed_bytes(self) -> int:
+        """Those of its values, without what oneDNN pads them with."""
+        return self._reordered.numel() * self._reordered.element_size()
+
+
 class PackedWeight(nn.Module):
-    """A weight [out, in] with an optional bias [out]; packed where that pays and works, else as it was.
+    """A weight [out, in] in some form, with an optional bias [out]. Nothing else holds the weight's memory."""
 
-    The packed form replaces the weight: nothing else holds its memory.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, form: WeightForm, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._reordered: torch.Tensor | None = None
-        self.weight: nn.Parameter | None = None
-        if can_pack(weight.dtype, weight.device.type):
-            self._reordered = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
-        else:
-            self.weight = nn.Parameter(weight, requires_grad=False)
+        self.form = form
         self._parts: dict[tuple[int, int], PackedWeight] = {}
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., in] -> [..., out]."""
-        if self._reordered is None:
-            return functional.linear(hidden, self.dense(), self.bias)
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self._reordered, self.bias, "none", [], "")
-        return result
+        return self.form.multiply(hidden, self.bias)
 
     def part(self, first: int, stop: int) -> PackedWeight:
         """Outputs [first, stop) as a weight of their own, made when it is first asked for; a copy if packed."""
         if (first, stop) not in self._parts:
             bias = None if self.bias is None else self.bias[first:stop]
-            self._parts[first, stop] = PackedWeight(self.dense()[first:stop], bias)
+            self._parts[first, stop] = PackedWeight(self.form.outputs(first, stop), bias)
         return self._parts[first, stop]
 
-    def dense(self) -> torch.Tensor:
-        """The weight in its usual order [out, in]; a copy if packed."""
-        if self.weight is not None:
-            return self.weight
-        if self._reordered is None:
-            raise RuntimeError("a packed weight has one of two forms")
-        return self._reordered.to_dense()
+    def change_form(self, form: WeightForm) -> None:
+        """Takes another form of the same weight. The memory of the one it had is freed, and that of its parts."""
+        self.form = form
+        self._parts.clear()
+
+
+def pack_weight(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedWeight:
+    """Packs a weight [out, in] where that pays and works; else it stays as it was."""
+    packs = can_pack(weight.dtype, weight.device.type)
+    return PackedWeight(ReorderedWeight(weight) if packs else DenseWeight(weight), bias)
 
 
 @cache
@@ -64,8 +129,8 @@ def can_pack(dtype: torch.dtype, device_type: str) -> bool:
     weight = torch.randn(64, 32, dtype=dtype)
     hidden = torch.randn(3, 32, dtype=dtype)
     try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
-        result = torch.ops.mkldnn._linear_pointwise(hidden, packed, None, "none", [], "")
-        return torch.equal(result, functional.linear(hidden, weight)) and torch.equal(packed.to_dense(), weight)
+        packed = ReorderedWeight(weight)
+        result = packed.multiply(hidden, None)
+        return torch.equal(result, functional.linear(hidden, weight)) and torch.equal(packed.dense(), weight)
     except (AttributeError, NotImplementedError, RuntimeError):
         return False

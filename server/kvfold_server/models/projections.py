@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from kvfold_server.models.packed_weight import PackedWeight
+from kvfold_server.models.packed_weight import pack_weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +41,7 @@ class QkvProjection(nn.Module):
         self, weight: torch.Tensor, bias: torch.Tensor | None, widths: list[int], binding: LayerBinding
     ) -> None:
         super().__init__()
-        self.packed = PackedWeight(weight, bias)
+        self.packed = pack_weight(weight, bias)
         self.widths = widths
         self.binding = binding
 

@@ -17,6 +17,7 @@ from kvfold_server.generation.validation import MAX_LOGPROB_ENTRIES, validate
 INFO = ModelInfo(
     architecture="Fake",
     dtype="bfloat16",
+    weights="bfloat16",
     context_length=100_000,
     vocabulary_size=300,
     geometry=GEOMETRY,

@@ -12,7 +12,7 @@
 namespace kvfold {
 
 // Raised whenever a signature or a struct below changes; the Python side refuses a library of another version.
-constexpr int32_t INTERFACE_VERSION = 2;
+constexpr int32_t INTERFACE_VERSION = 3;
 
 enum Error : int32_t { OK = 0, OUT_OF_MEMORY = 1, NO_SUCH_PATH = 2, NO_SUCH_NUMBER = 3 };
 
@@ -88,6 +88,30 @@ struct RotateCall {
     int64_t dim;
 };
 
+// Rows [rows, width] in 8 bits: out * steps[row], less the zero point, is the row multiplied in blocks of `block` values
+// by the Hadamard matrix of that size (1 and -1, Sylvester's order). `block` is a power of two of at most LARGEST_BLOCK
+// that divides the width. The step of a row that holds something that is no finite number is no number either.
+struct QuantizeCall {
+    const char *in;
+    uint8_t *out;
+    float *steps;
+    int64_t width;
+    int64_t block;
+};
+
+constexpr int64_t LARGEST_BLOCK = 64;
+constexpr int32_t ZERO_POINT = 128;
+constexpr int32_t MOST_STEPS = 127;  // from the zero point, either way
+
+// out [rows, width] = in * steps[row] + bias; bias [width] or null.
+struct RestoreCall {
+    const float *in;
+    const float *steps;
+    const char *bias;
+    char *out;
+    int64_t width;
+};
+
 }  // namespace kvfold
 
 KVFOLD_EXPORT int32_t kvfold_interface_version();
@@ -129,3 +153,7 @@ KVFOLD_EXPORT int32_t kvfold_gate(const kvfold::Workers *workers, int32_t number
                                   int64_t rows);
 KVFOLD_EXPORT int32_t kvfold_rotate(const kvfold::Workers *workers, int32_t number, const kvfold::RotateCall *call,
                                     int64_t rows);
+KVFOLD_EXPORT int32_t kvfold_quantize(const kvfold::Workers *workers, int32_t number, const kvfold::QuantizeCall *call,
+                                      int64_t rows);
+KVFOLD_EXPORT int32_t kvfold_restore(const kvfold::Workers *workers, int32_t number, const kvfold::RestoreCall *call,
+                                     int64_t rows);

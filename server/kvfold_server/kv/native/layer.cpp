@@ -69,3 +69,17 @@ int32_t kvfold_rotate(const Workers *workers, int32_t number, const RotateCall *
     run_rows(*workers, kernels->rotate, call, rows, heads * call->dim / 2);
     return OK;
 }
+
+int32_t kvfold_quantize(const Workers *workers, int32_t number, const QuantizeCall *call, int64_t rows) {
+    const LayerKernels *kernels = kernels_for(number, call->block);
+    if (kernels == nullptr) return NO_SUCH_NUMBER;
+    run_rows(*workers, kernels->quantize, call, rows, call->width * 3 / 2);
+    return OK;
+}
+
+int32_t kvfold_restore(const Workers *workers, int32_t number, const RestoreCall *call, int64_t rows) {
+    const LayerKernels *kernels = kernels_for(number, call->width);
+    if (kernels == nullptr) return NO_SUCH_NUMBER;
+    run_rows(*workers, kernels->restore, call, rows, call->width / 2);
+    return OK;
+}

@@ -16,6 +16,8 @@ struct LayerKernels {
     RowsKernel rms_norm;  // of NormCall
     RowsKernel gate;      // of GateCall
     RowsKernel rotate;    // of RotateCall; a row is a token
+    RowsKernel quantize;  // of QuantizeCall
+    RowsKernel restore;   // of RestoreCall
 };
 
 // One line for each path that the build could compile.

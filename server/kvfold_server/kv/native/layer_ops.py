@@ -1,11 +1,12 @@
 """What a layer computes between its matrix products, by native kernels: each one pass over memory.
 
-`interface.h` describes the functions. They round where transformers' code rounds.
+`interface.h` describes the functions. Those that stand for a model's own code round where it rounds.
 """
 
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,14 @@ class Activation(IntEnum):
 
     SILU = 0
     GELU_TANH = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Rows:
+    """Rows in 8 bits: (numbers [..., width] uint8 - 128) * steps [...] fp32."""
+
+    numbers: torch.Tensor
+    steps: torch.Tensor
 
 
 class _Workers(ctypes.Structure):
@@ -67,6 +76,26 @@ class _RotateCall(ctypes.Structure):
     )
 
 
+class _QuantizeCall(ctypes.Structure):
+    _fields_ = (
+        ("input", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("steps", ctypes.c_void_p),
+        ("width", ctypes.c_int64),
+        ("block", ctypes.c_int64),
+    )
+
+
+class _RestoreCall(ctypes.Structure):
+    _fields_ = (
+        ("input", ctypes.c_void_p),
+        ("steps", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("width", ctypes.c_int64),
+    )
+
+
 class LayerOps:
     """The functions of the library on torch's own threads. Raises NativeUnavailableError if there is no library.
 
@@ -82,6 +111,10 @@ class LayerOps:
         self._gate.argtypes = [workers, ctypes.c_int32, ctypes.POINTER(_GateCall), ctypes.c_int64]
         self._rotate = library.kvfold_rotate
         self._rotate.argtypes = [workers, ctypes.c_int32, ctypes.POINTER(_RotateCall), ctypes.c_int64]
+        self._quantize = library.kvfold_quantize
+        self._quantize.argtypes = [workers, ctypes.c_int32, ctypes.POINTER(_QuantizeCall), ctypes.c_int64]
+        self._restore = library.kvfold_restore
+        self._restore.argtypes = [workers, ctypes.c_int32, ctypes.POINTER(_RestoreCall), ctypes.c_int64]
         self._workers = _Workers(torch_parallel_function(), 1)
 
     def rms_norm(
@@ -121,6 +154,29 @@ class LayerOps:
         parts = (_RotatedHeads * 2)(*(_heads(states) for states in (query, key)))
         call = _RotateCall(parts, cosine.data_ptr(), sine.data_ptr(), cosine.shape[-1])
         self._run(self._rotate, query.dtype, call, query.shape[1])
+
+    def quantize(self, hidden: torch.Tensor, block: int) -> Int8Rows:
+        """Spreads each `block` values of hidden [..., width] over each other and rounds each row to 8 bits.
+
+        `block` is a power of two of at most 64 that divides the width.
+        """
+        hidden = hidden.contiguous()
+        width = hidden.shape[-1]
+        numbers = torch.empty_like(hidden, dtype=torch.uint8)
+        steps = torch.empty(hidden.shape[:-1])
+        call = _QuantizeCall(hidden.data_ptr(), numbers.data_ptr(), steps.data_ptr(), width, block)
+        self._run(self._quantize, hidden.dtype, call, steps.numel())
+        return Int8Rows(numbers, steps)
+
+    def restore(
+        self, products: torch.Tensor, steps: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """products [..., width] in fp32, contiguous, times steps [...], plus bias [width] of `dtype`: [..., width]."""
+        out = torch.empty_like(products, dtype=dtype)
+        addend = None if bias is None else bias.data_ptr()
+        call = _RestoreCall(products.data_ptr(), steps.data_ptr(), addend, out.data_ptr(), products.shape[-1])
+        self._run(self._restore, dtype, call, steps.numel())
+        return out
 
     def _run(self, function: Callable[..., int], dtype: torch.dtype, call: ctypes.Structure, rows: int) -> None:
         self._workers.threads = torch.get_num_threads()

@@ -1,7 +1,7 @@
 // The functions of layer_kernels.h, for any vector width. A path includes its simd_*.h first.
 #pragma once
 
-#include "layer_kernels.h"
+#include "int8_rows.h"
 #include "softmax.h"
 
 namespace kvfold {
@@ -111,7 +111,8 @@ void rotate_rows(const void *argument, int64_t first_row, int64_t stop_row) {
 
 template <class Model>
 const LayerKernels *layer_kernels_of() {
-    static const LayerKernels kernels = {rms_norm_rows<Model>, gate_rows<Model>, rotate_rows<Model>};
+    static const LayerKernels kernels = {rms_norm_rows<Model>, gate_rows<Model>, rotate_rows<Model>,
+                                         quantize_rows<Model>, restore_rows<Model>};
     return &kernels;
 }
 

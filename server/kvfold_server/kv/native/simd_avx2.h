@@ -48,6 +48,21 @@ inline float reduce_add(Vec a) {
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
 
+// Rounded to whole numbers, which lie between 0 and 255.
+inline void store_bytes(uint8_t *p, Vec x) {
+    const __m256i whole = _mm256_cvtps_epi32(x);
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i *>(p), _mm_packus_epi16(words, words));
+}
+
+// Exchanges lanes i and i + HALF of each 2 HALF neighbours.
+template <int HALF>
+inline Vec swap_lanes(Vec x) {
+    if constexpr (HALF == 1) return _mm256_permute_ps(x, 0xb1);
+    if constexpr (HALF == 2) return _mm256_permute_ps(x, 0x4e);
+    if constexpr (HALF == 4) return _mm256_permute2f128_ps(x, x, 1);
+}
+
 // x * 2^n for a whole n of at most 0; below the smallest normal number the result is 0.
 inline Vec scale_by_power(Vec x, Vec n) {
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));

@@ -38,6 +38,20 @@ inline Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_I
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
 inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a); }
 
+// Rounded to whole numbers, which lie between 0 and 255.
+inline void store_bytes(uint8_t *p, Vec x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+
+// Exchanges lanes i and i + HALF of each 2 HALF neighbours.
+template <int HALF>
+inline Vec swap_lanes(Vec x) {
+    if constexpr (HALF == 1) return _mm512_permute_ps(x, 0xb1);
+    if constexpr (HALF == 2) return _mm512_permute_ps(x, 0x4e);
+    if constexpr (HALF == 4) return _mm512_shuffle_f32x4(x, x, 0xb1);
+    if constexpr (HALF == 8) return _mm512_shuffle_f32x4(x, x, 0x4e);
+}
+
 // x * 2^n for a whole n of at most 0; below the smallest normal number the result is 0.
 inline Vec scale_by_power(Vec x, Vec n) {
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, set1(-126.0f), _CMP_GE_OQ), x, n);

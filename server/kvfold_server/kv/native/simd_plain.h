@@ -36,6 +36,9 @@ inline Vec round(Vec a) { return std::nearbyint(a); }
 inline float reduce_max(Vec a) { return a; }
 inline float reduce_add(Vec a) { return a; }
 
+// Rounded to whole numbers, which lie between 0 and 255.
+inline void store_bytes(uint8_t *p, Vec x) { *p = x >= 0.0f && x <= 255.0f ? static_cast<uint8_t>(round(x)) : 0; }
+
 // x * 2^n for a whole n of at most 0; below the smallest normal number the result is 0.
 inline Vec scale_by_power(Vec x, Vec n) {
     if (n < -126.0f) return 0.0f;
@@ -46,6 +49,10 @@ inline Vec scale_by_power(Vec x, Vec n) {
 }
 
 inline void transpose(Vec *) {}
+template <int HALF>
+inline Vec swap_lanes(Vec x) {
+    return x;
+}
 inline Vec reduce_columns(const Vec *columns) { return columns[0]; }
 
 inline float to_float(Bf16 x) {
