@@ -91,7 +91,7 @@ def int8_refusal(device_type: str) -> str | None:
 
 def _multiply(numbers: torch.Tensor, packed: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     """(numbers [..., in] - ZERO_POINT) times a packed weight, times steps [out]: [..., out] fp32."""
-    result: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+    result: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
         numbers, 1.0, ZERO_POINT, packed, steps, _NONE, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return result

@@ -7,7 +7,7 @@ and the results are the same to the bit. The operations are private to torch, so
 from __future__ import annotations
 
 from abc import abstractmethod
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -69,10 +69,11 @@ class ReorderedWeight(WeightForm):
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
         self._reordered: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
+        self._product = torch.ops.mkldnn._linear_pointwise.default  # naming the overload saves a search in each call
 
     def multiply(self, hidden: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """By oneDNN's product."""
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self._reordered, bias, "none", [], "")
+        result: torch.Tensor = self._product(hidden, self._reordered, bias, "none", [], "")
         return result
 
     def outputs(self, first: int, stop: int) -> ReorderedWeight:
@@ -95,12 +96,12 @@ class PackedWeight(nn.Module):
     def __init__(self, form: WeightForm, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.form = form
         self._parts: dict[tuple[int, int], PackedWeight] = {}
+        self.change_form(form)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., in] -> [..., out]."""
-        return self.form.multiply(hidden, self.bias)
+        return self._multiply(hidden)
 
     def part(self, first: int, stop: int) -> PackedWeight:
         """Outputs [first, stop) as a weight of their own, made when it is first asked for; a copy if packed."""
@@ -112,6 +113,7 @@ class PackedWeight(nn.Module):
     def change_form(self, form: WeightForm) -> None:
         """Takes another form of the same weight. The memory of the one it had is freed, and that of its parts."""
         self.form = form
+        self._multiply = partial(form.multiply, bias=self.bias)  # a module looks its parts up slowly
         self._parts.clear()
 
 

@@ -59,9 +59,9 @@ def _patch(model: PreTrainedModel, ops: LayerOps | None, *, int8_weights: bool) 
         logger.warning("layers %s project K and V of all rows: the layout of their weights is unknown", without_facade)
     if int8_weights or packs_linears(model):
         pack_linears(model)
+    model.set_attn_implementation(ATTENTION_NAME)
     if ops is not None:
         fuse_layers(model, probe, ops)
-    model.set_attn_implementation(ATTENTION_NAME)
     parts = (model, probe.geometry, context, tuple(without_facade))
     with torch.inference_mode():
         check.run(PatchedModel(*parts))

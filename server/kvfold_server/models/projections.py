@@ -44,6 +44,7 @@ class QkvProjection(nn.Module):
         self.packed = pack_weight(weight, bias)
         self.widths = widths
         self.binding = binding
+        self._project = self.packed.forward
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Projects all rows, or leaves out K and V of those after the owners."""
@@ -54,7 +55,7 @@ class QkvProjection(nn.Module):
         context.query_rows[layer] += rows
         if owned == rows or (owned > 0 and rows - owned < SLICED_ROWS):
             context.key_value_rows[layer] += rows
-            query, key, value = torch.split(self.packed(hidden), self.widths, dim=-1)
+            query, key, value = torch.split_with_sizes(self._project(hidden), self.widths, dim=-1)
             return query, key, value
         context.key_value_rows[layer] += owned
         query = self.packed.part(0, query_width)(hidden)

@@ -11,14 +11,16 @@ from support.native import layer_ops
 from support.tiny_models import ARCHITECTURES, tiny_model
 from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from kvfold_server.kv.native.layer_ops import Activation
+from kvfold_server.models.fusion.decoder_layer import FusedDecoderLayer
 from kvfold_server.models.fusion.gated_mlp import fuse_gated_mlp
 from kvfold_server.models.fusion.layers import fuse_layers
-from kvfold_server.models.fusion.rms_norm import fuse_rms_norm
+from kvfold_server.models.fusion.rms_norm import FusedRmsNorm, fuse_rms_norm
 from kvfold_server.models.packed_linear import pack_linears
+from kvfold_server.models.patching import patch_model
 from kvfold_server.models.probe import probe_model
 
 if TYPE_CHECKING:
@@ -64,6 +66,16 @@ def test_a_norm_is_what_the_model_computes(
         expected = norm(hidden)
         assert fuse_rms_norm(norm, ops)
         assert_rounding_only(norm(hidden), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_norm_of_a_sum_is_that_of_torchs_sum_to_the_bit(ops: LayerOps, width: int, dtype: torch.dtype) -> None:
+    hidden, addend = (random(1, ROWS, width, dtype=dtype, seed=seed) for seed in (1, 2))
+    norm = FusedRmsNorm(ops, random(width, dtype=dtype, seed=3), 1e-6, (0.0, True))
+    total, normed = norm.of_sum(hidden, addend)
+    assert torch.equal(total, hidden + addend)
+    assert torch.equal(normed, norm(hidden + addend))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -156,3 +168,39 @@ def test_one_models_kernels_do_not_reach_another(ops: LayerOps) -> None:
     assert all("forward" in layer.self_attn.__dict__ for layer in fused.model.layers)
     assert all("forward" not in module.__dict__ for module in other.modules())
     assert type(other.model.layers[0].self_attn).forward.__globals__["apply_rotary_pos_emb"] is apply_rotary_pos_emb
+
+
+WHOLE = ("llama", "llama with biases", "mistral with a window", "qwen2", "qwen3", "seed_oss", "mixtral")
+IN_PARTS = ("granite", "gemma2", "olmo2", "gpt_oss", "phi3", "starcoder2", "glm4", "cohere2", "ernie4_5")
+"""Layers that scale what they add, have more norms, other projections or another order of positions."""
+
+
+def patched_layers(name: str, ops: LayerOps) -> list[nn.Module]:
+    model = tiny_model(ARCHITECTURES[name]())
+    patch_model(model, ops)
+    return list(model.model.layers)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_layers_of_the_usual_form_become_one_function(ops: LayerOps, name: str) -> None:
+    assert all(isinstance(layer.forward, FusedDecoderLayer) for layer in patched_layers(name, ops))
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_layers_of_another_form_keep_their_own_code(ops: LayerOps, name: str) -> None:
+    assert not any(isinstance(layer.forward, FusedDecoderLayer) for layer in patched_layers(name, ops))
+
+
+class HalvingLayer(LlamaDecoderLayer):
+    def forward(self, *arguments: object, **keywords: object) -> torch.Tensor:
+        return 0.5 * super().forward(*arguments, **keywords)
+
+
+def test_a_layer_that_looks_usual_but_computes_something_else_keeps_its_own_code(ops: LayerOps) -> None:
+    model = tiny_model(ARCHITECTURES["llama"]())
+    unusual = HalvingLayer(model.config, 2)
+    unusual.load_state_dict(model.model.layers[2].state_dict())
+    model.model.layers[2] = unusual.eval().requires_grad_(requires_grad=False)
+    patch_model(model, ops)
+    fused = [isinstance(layer.forward, FusedDecoderLayer) for layer in model.model.layers]
+    assert fused == [index != 2 for index in range(len(fused))]

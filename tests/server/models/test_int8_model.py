@@ -62,9 +62,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("dtype", MOST_ERROR, ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_rounded_linear_layers_in_plain_torch(
-    name: str, dtype: torch.dtype, backend: str
-) -> None:
+def test_logits_are_those_of_rounded_linear_layers_in_plain_torch(name: str, dtype: torch.dtype, backend: str) -> None:
     original = tiny_model(ARCHITECTURES[name]()).to(dtype)
     patched = patch_model(copy.deepcopy(original), layer_ops(backend), int8_weights=True)
     plan = tiny_plan(patched.geometry)

@@ -12,7 +12,7 @@
 namespace kvfold {
 
 // Raised whenever a signature or a struct below changes; the Python side refuses a library of another version.
-constexpr int32_t INTERFACE_VERSION = 3;
+constexpr int32_t INTERFACE_VERSION = 4;
 
 enum Error : int32_t { OK = 0, OUT_OF_MEMORY = 1, NO_SUCH_PATH = 2, NO_SUCH_NUMBER = 3 };
 
@@ -50,10 +50,13 @@ struct Workers {
     int32_t threads;
 };
 
-// out = in / rms(in) * (weight + weight_offset) for rows of `width` values, contiguous; out may be in. `round_first`
-// rounds to the model's numbers before the weight comes in, as most models do.
+// out = x / rms(x) * (weight + weight_offset) for rows of `width` values, contiguous; out may be in. x is in or, unless
+// addend is null, in + addend, which goes to sum. `round_first` rounds to the model's numbers before the weight comes in,
+// as most models do.
 struct NormCall {
     const char *in;
+    const char *addend;
+    char *sum;
     const char *weight;
     char *out;
     int64_t width;

@@ -40,6 +40,8 @@ class _Workers(ctypes.Structure):
 class _NormCall(ctypes.Structure):
     _fields_ = (
         ("input", ctypes.c_void_p),
+        ("addend", ctypes.c_void_p),
+        ("sum", ctypes.c_void_p),
         ("weight", ctypes.c_void_p),
         ("output", ctypes.c_void_p),
         ("width", ctypes.c_int64),
@@ -126,12 +128,38 @@ class LayerOps:
         """
         hidden = hidden.contiguous()
         out = torch.empty_like(hidden)
+        constants = (hidden.shape[-1], epsilon, weight_offset, round_first)
+        call = _NormCall(hidden.data_ptr(), None, None, weight.data_ptr(), out.data_ptr(), *constants)
+        self._run(self._rms_norm, hidden.dtype, call, hidden.numel() // hidden.shape[-1])
+        return out
+
+    def add_rms_norm(
+        self,
+        hidden: torch.Tensor,
+        addend: torch.Tensor,
+        weight: torch.Tensor,
+        epsilon: float,
+        *,
+        weight_offset: float,
+        round_first: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of hidden and addend, both [..., width], and its norm as of `rms_norm`."""
+        hidden, addend = hidden.contiguous(), addend.contiguous()
+        total, out = torch.empty_like(hidden), torch.empty_like(hidden)
         width = hidden.shape[-1]
         call = _NormCall(
-            hidden.data_ptr(), weight.data_ptr(), out.data_ptr(), width, epsilon, weight_offset, round_first
+            hidden.data_ptr(),
+            addend.data_ptr(),
+            total.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            width,
+            epsilon,
+            weight_offset,
+            round_first,
         )
         self._run(self._rms_norm, hidden.dtype, call, hidden.numel() // width)
-        return out
+        return total, out
 
     def gate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         """activation(gate) * up of gate_up [..., 2 * width], which holds both side by side: [..., width]."""
@@ -151,8 +179,7 @@ class LayerOps:
 
         Pairs are (i, i + dim / 2). Any strides of heads and tokens; dimensions lie side by side.
         """
-        parts = (_RotatedHeads * 2)(*(_heads(states) for states in (query, key)))
-        call = _RotateCall(parts, cosine.data_ptr(), sine.data_ptr(), cosine.shape[-1])
+        call = _RotateCall((_heads(query), _heads(key)), cosine.data_ptr(), sine.data_ptr(), cosine.shape[-1])
         self._run(self._rotate, query.dtype, call, query.shape[1])
 
     def quantize(self, hidden: torch.Tensor, block: int) -> Int8Rows:

@@ -21,6 +21,11 @@ inline Vec rounded<float>(Vec x) {
 }
 
 template <class Model>
+inline void add_row(const Model *in, const Model *addend, Model *sum, int64_t width) {
+    for (int64_t i = 0; i < width; i += LANES) store(sum + i, add(load(in + i), load(addend + i)));
+}
+
+template <class Model>
 void rms_norm_rows(const void *argument, int64_t first_row, int64_t stop_row) {
     const NormCall &call = *static_cast<const NormCall *>(argument);
     const auto *weight = reinterpret_cast<const Model *>(call.weight);
@@ -28,6 +33,11 @@ void rms_norm_rows(const void *argument, int64_t first_row, int64_t stop_row) {
     for (int64_t row = first_row; row < stop_row; ++row) {
         const auto *in = reinterpret_cast<const Model *>(call.in) + row * call.width;
         auto *out = reinterpret_cast<Model *>(call.out) + row * call.width;
+        if (call.addend != nullptr) {
+            auto *sum = reinterpret_cast<Model *>(call.sum) + row * call.width;
+            add_row(in, reinterpret_cast<const Model *>(call.addend) + row * call.width, sum, call.width);
+            in = sum;
+        }
         Vec squares = set1(0.0f);
         for (int64_t i = 0; i < call.width; i += LANES) {
             const Vec x = load(in + i);

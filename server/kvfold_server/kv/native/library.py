@@ -13,7 +13,7 @@ import torch
 from kvfold_server.kv.backends.base import BackendUnavailableError
 from kvfold_server.kv.native.build import LIBRARY_NAME, SOURCE_FOLDER
 
-INTERFACE_VERSION: Final = 3
+INTERFACE_VERSION: Final = 4
 BEST_PATH: Final = -1
 OK: Final = 0
 

@@ -20,8 +20,8 @@ class GatedMlp:
     """The forward of an MLP whose gate and up projections are one product."""
 
     def __init__(self, gate_up: nn.Module, down: nn.Module, activation: Activation, ops: LayerOps) -> None:
-        self._gate_up = gate_up
-        self._down = down
+        self._gate_up = gate_up.forward
+        self._down = down.forward
         self._activation = activation
         self._ops = ops
 

@@ -6,7 +6,6 @@ normalised value is rounded to the model's data type before the weight comes in 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,13 +14,38 @@ from torch import nn
 from kvfold_server.models.fusion.agreement import SAMPLE_ROWS, agrees, sample, share_of_equal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kvfold_server.kv.native.layer_ops import LayerOps
 
 EPSILON_NAMES = ("variance_epsilon", "eps")
 VARIANTS = ((0.0, True), (0.0, False), (1.0, False))
 """weight_offset and round_first."""
+
+
+class FusedRmsNorm:
+    """The forward of a norm with a weight [width]."""
+
+    def __init__(self, ops: LayerOps, weight: torch.Tensor, epsilon: float, variant: tuple[float, bool]) -> None:
+        self._ops = ops
+        self._weight = weight
+        self._epsilon = epsilon
+        self._weight_offset, self._round_first = variant
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [..., width] -> [..., width]."""
+        return self._ops.rms_norm(
+            hidden, self._weight, self._epsilon, weight_offset=self._weight_offset, round_first=self._round_first
+        )
+
+    def of_sum(self, hidden: torch.Tensor, addend: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden + addend, both [..., width], and the norm of that."""
+        return self._ops.add_rms_norm(
+            hidden,
+            addend,
+            self._weight,
+            self._epsilon,
+            weight_offset=self._weight_offset,
+            round_first=self._round_first,
+        )
 
 
 def fuse_rms_norm(module: nn.Module, ops: LayerOps) -> bool:
@@ -36,17 +60,10 @@ def fuse_rms_norm(module: nn.Module, ops: LayerOps) -> bool:
     hidden = sample(1, SAMPLE_ROWS, weight.shape[0], dtype=weight.dtype)
     with torch.inference_mode():
         expected = module(hidden)
-        kernels = [_kernel(ops, weight.detach(), epsilon, variant) for variant in VARIANTS]
+        kernels = [FusedRmsNorm(ops, weight.detach(), epsilon, variant) for variant in VARIANTS]
         results = [kernel(hidden) for kernel in kernels]
     best = max(range(len(kernels)), key=lambda index: share_of_equal(results[index], expected))
     if not agrees(results[best], expected):
         return False
     module.forward = kernels[best]
     return True
-
-
-def _kernel(
-    ops: LayerOps, weight: torch.Tensor, epsilon: float, variant: tuple[float, bool]
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    weight_offset, round_first = variant
-    return partial(ops.rms_norm, weight=weight, epsilon=epsilon, weight_offset=weight_offset, round_first=round_first)

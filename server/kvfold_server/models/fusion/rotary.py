@@ -16,6 +16,8 @@ from kvfold_server.models.fusion.agreement import SAMPLE_ROWS, sample
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import nn
+
     from kvfold_server.kv.native.layer_ops import LayerOps
     from kvfold_server.models.probe import ProbedLayer
 
@@ -58,6 +60,13 @@ def _takes(query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: t
         and cosine.is_contiguous()
         and sine.is_contiguous()
     )
+
+
+def fused_rotary_of(attention: nn.Module) -> FusedRotary | None:
+    """What stands for the rotary function of an attention module; None if that was not fused."""
+    forward = attention.__dict__.get("forward")
+    found = forward.__func__.__globals__.get(ROTARY_NAME) if isinstance(forward, MethodType) else None
+    return found if isinstance(found, FusedRotary) else None
 
 
 def fuse_rotary(layer: ProbedLayer, dtype: torch.dtype, ops: LayerOps) -> bool:
