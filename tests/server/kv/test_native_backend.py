@@ -8,6 +8,7 @@ from itertools import accumulate
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kvfold_scheduler.geometry import CacheGeometry, LayerKind
 from kvfold_server.kv.arena import Arena
@@ -185,6 +186,62 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         torch.set_num_threads(threads)
     torch.testing.assert_close(results[1], results[0], atol=0, rtol=0)
     torch.testing.assert_close(results[2], results[0], atol=0, rtol=0)
+
+
+PROJECTED = {name: VARIANTS[name] for name in ("plain", "bf16", "fp16", "wide values", "all, bf16", "evicted")}
+
+
+def projected(setup: Setup, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Q, K and V side by side, as a fused projection gives them."""
+    widths = [setup.heads * setup.key_dim, setup.kv_heads * setup.key_dim, setup.kv_heads * setup.value_dim]
+    packed = torch.randn(1, tokens, sum(widths), generator=torch.Generator().manual_seed(5)).to(setup.dtype)
+    query, key, value = packed.split(widths, dim=-1)
+    return query, key, value
+
+
+def rotation(setup: Setup, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    cosine, sine = (
+        torch.randn(1, tokens, setup.key_dim, generator=torch.Generator().manual_seed(seed)).to(setup.dtype)
+        for seed in (6, 7)
+    )
+    return cosine, sine
+
+
+@pytest.mark.parametrize("owned", ["all", "some", "none"])
+@pytest.mark.parametrize("setup", PROJECTED.values(), ids=PROJECTED.keys())
+def test_one_call_after_a_projection_does_what_its_parts_do_to_the_bit(setup: Setup, owned: str) -> None:
+    tokens = sum(setup.queries)
+    owner_tokens = {"all": tokens, "some": setup.queries[0] + setup.queries[1], "none": 0}[owned]
+    caches = [Cache(setup), Cache(setup)]
+    backends = [cache.native() for cache in caches]
+    for cache, backend in zip(caches, backends, strict=True):
+        backend.begin(replace(cache.batch, owner_tokens=(owner_tokens,) * LAYERS))
+    cosine, sine = rotation(setup, tokens)
+    found = backends[0].attend_projected(setup.call(), projected(setup, tokens), (cosine, sine))
+    query, key, value = projected(setup, tokens)
+    rotated = [
+        states.view(1, tokens, -1, setup.key_dim).transpose(1, 2) for states in (query.contiguous(), key.contiguous())
+    ]
+    query, key = (states[0].transpose(0, 1) for states in apply_rotary_pos_emb(*rotated, cosine, sine))
+    if owner_tokens:
+        backends[1].write(1, key, value.view(tokens, setup.kv_heads, setup.value_dim))
+    assert found is not None
+    assert torch.equal(found, backends[1].attend(setup.call(), query))
+    assert torch.equal(caches[0].arena.rows.nan_to_num(0), caches[1].arena.rows.nan_to_num(0))
+
+
+def test_positions_that_the_kernel_cannot_read_are_left_to_others_with_nothing_done() -> None:
+    setup = VARIANTS["bf16"]
+    tokens = sum(setup.queries)
+    cache = Cache(setup)
+    backend = cache.native()
+    backend.begin(cache.batch)
+    before = cache.arena.rows.clone()
+    wide = tuple(states.float() for states in rotation(setup, tokens))
+    states = projected(setup, tokens)
+    assert backend.attend_projected(setup.call(), states, (wide[0], wide[1])) is None
+    assert torch.equal(states[0], projected(setup, tokens)[0])
+    assert torch.equal(cache.arena.rows.nan_to_num(0), before.nan_to_num(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -80,3 +80,19 @@ class AttentionBackend(ABC):
         query [N, heads, key_dim] -> [N, heads, value_dim], contiguous. Query head h reads KV head h * kv_heads //
         heads.
         """
+
+    def attend_projected(
+        self,
+        call: AttentionCall,  # noqa: ARG002
+        projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],  # noqa: ARG002
+        positions: tuple[torch.Tensor, torch.Tensor],  # noqa: ARG002
+    ) -> torch.Tensor | None:
+        """All that follows a layer's projections in one call: rotates Q and K in place, writes K and V, and attends.
+
+        None, and nothing has happened, where a backend has no such call (by default) or cannot take these tensors.
+
+        projected: Q [1, N, heads * key_dim], K [1, N, kv_heads * key_dim] and V [1, N, kv_heads * value_dim], heads
+        side by side; of K and V only what `write` reads is defined. positions: cosine and sine [1, N, key_dim], which
+        rotate pairs (i, i + key_dim / 2).
+        """
+        return None

@@ -20,6 +20,7 @@ from kvfold_server.kv.native.library import (
     OK,
     CacheConfig,
     NativeUnavailableError,
+    ProjectedCall,
     SimdPath,
     load_library,
     torch_parallel_function,
@@ -57,7 +58,7 @@ class NativeBackend(AttentionBackend):
                 raise ValueError("block tables and slot positions are contiguous int32 tensors of the same rows")
         self._library = load_library()
         kind = arena.geometry.layers[0]
-        self._kv_heads, self._value_dim = kind.kv_heads, kind.value_dim
+        self._kv_heads, self._key_dim, self._value_dim = kind.kv_heads, kind.key_dim, kind.value_dim
         self._layer_count = tables.shape[1]
         self._dtype = arena.rows.dtype
         config = CacheConfig(
@@ -85,6 +86,7 @@ class NativeBackend(AttentionBackend):
         weakref.finalize(self, self._library.kvfold_destroy, context)
         self.path = SimdPath(self._library.kvfold_path(context))
         self._batch: StepBatch | None = None
+        self._rotating: torch.Tensor | None = None
 
     def begin(self, batch: StepBatch) -> None:
         """Hands the step's layout over, once for all layers."""
@@ -143,6 +145,53 @@ class NativeBackend(AttentionBackend):
             )
         )
         return out
+
+    def attend_projected(
+        self,
+        call: AttentionCall,
+        projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        positions: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor | None:
+        """What lies between two products takes as long as one where sequences are few, so it is one call."""
+        query, key, value = projected
+        cosine, sine = positions
+        if cosine is not self._rotating:
+            if not self._rotates(query, cosine, sine):
+                return None
+            self._rotating = cosine
+        tokens = query.shape[1]
+        heads = query.shape[2] // self._key_dim
+        sinks = None if call.sinks is None else call.sinks.to(torch.float32).contiguous()
+        out = query.new_empty((tokens, heads, self._value_dim))
+        arguments = ProjectedCall(
+            call.layer,
+            tokens,
+            self._step().owner_tokens[call.layer],
+            heads,
+            call.window or 0,
+            call.scaling,
+            call.softcap or 0.0,
+            None if sinks is None else sinks.data_ptr(),
+            query.data_ptr(),
+            query.stride(1),
+            key.data_ptr(),
+            key.stride(1),
+            value.data_ptr(),
+            value.stride(1),
+            cosine.data_ptr(),
+            sine.data_ptr(),
+            out.data_ptr(),
+        )
+        self._check(self._library.kvfold_attend_projected(self._context, arguments))
+        return out
+
+    def _rotates(self, query: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> bool:
+        """Whether the kernel takes these positions; those of a step are the same in all layers."""
+        shape = (1, query.shape[1], self._key_dim)
+        return all(
+            states.dtype is self._dtype and states.shape == shape and states.is_contiguous()
+            for states in (cosine, sine)
+        )
 
     def _step(self) -> StepBatch:
         if self._batch is None:

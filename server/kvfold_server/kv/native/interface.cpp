@@ -107,3 +107,20 @@ int32_t kvfold_attend(Context *context, int64_t layer, int64_t heads, int64_t wi
         attend(*context, layer, call);
     });
 }
+
+int32_t kvfold_attend_projected(Context *context, const ProjectedCall *call) {
+    const Cache &cache = context->cache;
+    const Workers workers = {reinterpret_cast<void *>(context->team.parallel), context->team.threads};
+    const RotateCall rotation = {{{call->query, call->query_token, cache.key_dim, call->heads},
+                                  {call->key, call->key_token, cache.key_dim, cache.kv_heads}},
+                                 call->cosine,
+                                 call->sine,
+                                 cache.key_dim};
+    kvfold_rotate(&workers, context->number, &rotation, call->tokens);
+    if (call->owner_tokens > 0) {
+        kvfold_write(context, call->layer, call->owner_tokens, call->key, call->key_token, cache.key_dim, 1, call->value,
+                     call->value_token, cache.value_dim, 1);
+    }
+    return kvfold_attend(context, call->layer, call->heads, call->window, call->scaling, call->softcap, call->sinks,
+                         call->query, call->query_token, cache.key_dim, call->out);
+}

@@ -12,7 +12,7 @@
 namespace kvfold {
 
 // Raised whenever a signature or a struct below changes; the Python side refuses a library of another version.
-constexpr int32_t INTERFACE_VERSION = 4;
+constexpr int32_t INTERFACE_VERSION = 5;
 
 enum Error : int32_t { OK = 0, OUT_OF_MEMORY = 1, NO_SUCH_PATH = 2, NO_SUCH_NUMBER = 3 };
 
@@ -115,6 +115,28 @@ struct RestoreCall {
     int64_t width;
 };
 
+// What a layer's projections gave for a step's tokens, and the positions by which queries and keys are rotated. Heads of
+// `key_dim` or `value_dim` values lie side by side; strides, of tokens, are in values. The rest is as in `attend`.
+struct ProjectedCall {
+    int64_t layer;
+    int64_t tokens;
+    int64_t owner_tokens;
+    int64_t heads;
+    int64_t window;
+    float scaling;
+    float softcap;
+    const float *sinks;
+    char *query;
+    int64_t query_token;
+    char *key;
+    int64_t key_token;
+    const char *value;
+    int64_t value_token;
+    const char *cosine;
+    const char *sine;
+    char *out;
+};
+
 }  // namespace kvfold
 
 KVFOLD_EXPORT int32_t kvfold_interface_version();
@@ -148,6 +170,9 @@ KVFOLD_EXPORT int32_t kvfold_write(kvfold::Context *context, int64_t layer, int6
 KVFOLD_EXPORT int32_t kvfold_attend(kvfold::Context *context, int64_t layer, int64_t heads, int64_t window,
                                     float scaling, float softcap, const float *sinks, const char *query,
                                     int64_t query_token, int64_t query_head, char *out);
+
+// Rotates queries and keys in place, stores K and V of the owners' tokens, and attends.
+KVFOLD_EXPORT int32_t kvfold_attend_projected(kvfold::Context *context, const kvfold::ProjectedCall *call);
 
 // A layer's functions between its matrix products, on `rows` rows of numbers of the kind `number`.
 KVFOLD_EXPORT int32_t kvfold_rms_norm(const kvfold::Workers *workers, int32_t number, const kvfold::NormCall *call,

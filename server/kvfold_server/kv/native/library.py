@@ -13,7 +13,7 @@ import torch
 from kvfold_server.kv.backends.base import BackendUnavailableError
 from kvfold_server.kv.native.build import LIBRARY_NAME, SOURCE_FOLDER
 
-INTERFACE_VERSION: Final = 4
+INTERFACE_VERSION: Final = 5
 BEST_PATH: Final = -1
 OK: Final = 0
 
@@ -57,6 +57,30 @@ class CacheConfig(ctypes.Structure):
     )
 
 
+class ProjectedCall(ctypes.Structure):
+    """`ProjectedCall` of interface.h."""
+
+    _fields_ = (
+        ("layer", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("owner_tokens", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+        ("scaling", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("sinks", ctypes.c_void_p),
+        ("query", ctypes.c_void_p),
+        ("query_token", ctypes.c_int64),
+        ("key", ctypes.c_void_p),
+        ("key_token", ctypes.c_int64),
+        ("value", ctypes.c_void_p),
+        ("value_token", ctypes.c_int64),
+        ("cosine", ctypes.c_void_p),
+        ("sine", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+    )
+
+
 @cache
 def load_library(path: Path = SOURCE_FOLDER / LIBRARY_NAME) -> ctypes.CDLL:
     """The library, loaded once. Raises NativeUnavailableError."""
@@ -85,6 +109,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.kvfold_path.argtypes = [pointer]
     library.kvfold_begin.argtypes = [pointer, small, whole, *[pointer] * 5]
     library.kvfold_write.argtypes = [pointer, whole, whole, pointer, *strides, pointer, *strides]
+    library.kvfold_attend_projected.argtypes = [pointer, ctypes.POINTER(ProjectedCall)]
     library.kvfold_attend.argtypes = [pointer, whole, whole, whole, real, real, pointer, pointer, whole, whole, pointer]
 
 

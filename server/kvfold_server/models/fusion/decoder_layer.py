@@ -64,9 +64,24 @@ class FusedDecoderLayer:
         **_: Any,  # noqa: ANN401 - what transformers passes to every layer; none of it changes what this one computes
     ) -> torch.Tensor:
         """hidden [1, N, hidden], cosine and sine [1, N, key_dim] -> [1, N, hidden]."""
+        projected = self._project(self._norm(hidden))
+        attended = None
+        if not self._head_norms:
+            attended = self._context.active.backend.attend_projected(self._call, projected, position_embeddings)
+        if attended is None:
+            attended = self._attend(projected, position_embeddings)
+        hidden, normed = self._second_norm.of_sum(hidden, self._output(attended.view(1, hidden.shape[1], -1)))
+        return hidden.add_(self._mlp(normed))
+
+    def _attend(
+        self,
+        projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """Step by step, what a backend's `attend_projected` does: [N, heads, value_dim]."""
         kind = self._kind
-        rows = hidden.shape[1]
-        query, key, value = self._project(self._norm(hidden))
+        query, key, value = projected
+        rows = query.shape[1]
         query = query.view(1, rows, self._query_heads, kind.key_dim)
         key = key.view(1, rows, kind.kv_heads, kind.key_dim)
         if self._head_norms:
@@ -76,9 +91,7 @@ class FusedDecoderLayer:
         layer = self._call.layer
         if step.batch.owner_tokens[layer] > 0:
             step.backend.write(layer, key[0].transpose(0, 1), value.view(rows, kind.kv_heads, kind.value_dim))
-        attended = step.backend.attend(self._call, query[0].transpose(0, 1))
-        hidden, normed = self._second_norm.of_sum(hidden, self._output(attended.view(1, rows, -1)))
-        return hidden.add_(self._mlp(normed))
+        return step.backend.attend(self._call, query[0].transpose(0, 1))
 
 
 class _Recording(ReferenceBackend):
