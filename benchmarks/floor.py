@@ -19,14 +19,14 @@ from kvfold_server.runtime import prepare_runtime
 
 prepare_runtime()  # before anything imports torch
 
-import torch  # noqa: E402
+import torch
 
-from decode_steps import DecodeSteps  # noqa: E402
-from figures import RESULTS, Rounds, table_row, write_comparisons  # noqa: E402
-from kvfold_server.models.loading import load_model  # noqa: E402
-from kvfold_server.models.source import resolve_model  # noqa: E402
-from plot import plot_comparisons  # noqa: E402
-from step_floor import Linears, ReadSpeed  # noqa: E402
+from decode_steps import DecodeSteps
+from figures import RESULTS, Rounds, table_row, write_comparisons
+from kvfold_server.models.loading import load_model
+from kvfold_server.models.source import resolve_model
+from plot import plot_comparisons
+from step_floor import Linears, ReadSpeed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

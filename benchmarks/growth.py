@@ -19,14 +19,14 @@ from kvfold_server.runtime import prepare_runtime
 
 prepare_runtime()  # before anything imports torch
 
-import torch  # noqa: E402
+import torch
 
-from decode_steps import DecodeSteps  # noqa: E402
-from figures import RESULTS, machine  # noqa: E402
-from kvfold_server.models.loading import load_model  # noqa: E402
-from kvfold_server.models.source import resolve_model  # noqa: E402
-from plot import plot_growth  # noqa: E402
-from step_floor import Linears, ReadSpeed  # noqa: E402
+from decode_steps import DecodeSteps
+from figures import RESULTS, machine
+from kvfold_server.models.loading import load_model
+from kvfold_server.models.source import resolve_model
+from plot import plot_growth
+from step_floor import Linears, ReadSpeed
 
 KV_BYTES = 4 << 30
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -121,7 +121,7 @@ def assemble_engine(
     info = ModelInfo(
         architecture=model.architecture,
         dtype=options.dtype,
-        weights=options.dtype if options.weights == "dtype" else options.weights,
+        weights=options.weight_dtype,
         context_length=model.context_length,
         vocabulary_size=model.vocabulary_size,
         geometry=geometry,

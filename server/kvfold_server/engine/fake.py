@@ -96,7 +96,7 @@ def start_engine(options: EngineOptions, stages: Stages) -> FakeEngine:
     info = ModelInfo(
         architecture="FakeForCausalLM",
         dtype=options.dtype,
-        weights=options.weights,
+        weights=options.weight_dtype,
         context_length=settings.context_length,
         vocabulary_size=settings.vocabulary_size,
         geometry=GEOMETRY,

@@ -32,6 +32,11 @@ class EngineOptions:
     step_tokens: int = 512
     attention_backend: str | None = None
 
+    @property
+    def weight_dtype(self) -> str:
+        """What the weights of linear layers are in: "int8", or the model's data type."""
+        return self.dtype if self.weights == "dtype" else self.weights
+
     def to_json(self) -> str:
         """The options as one line of JSON."""
         return json.dumps(dataclasses.asdict(self))

@@ -37,6 +37,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(make_fake_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small model whose logits depend strongly on what attention sees, so that any fold costs something."""
     folder = make_fake_model()
     config = ARCHITECTURES["llama"]()
     config.vocab_size, config.max_position_embeddings = 300, 512

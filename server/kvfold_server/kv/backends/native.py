@@ -127,7 +127,7 @@ class NativeBackend(AttentionBackend):
         if query.stride(-1) != 1:
             query = query.contiguous()
         tokens, heads, _ = query.shape
-        sinks = None if call.sinks is None else call.sinks.to(torch.float32).contiguous()
+        sinks = _sinks(call)
         out = torch.empty((tokens, heads, self._value_dim), dtype=self._dtype)
         self._check(
             self._library.kvfold_attend(
@@ -161,7 +161,7 @@ class NativeBackend(AttentionBackend):
             self._rotating = cosine
         tokens = query.shape[1]
         heads = query.shape[2] // self._key_dim
-        sinks = None if call.sinks is None else call.sinks.to(torch.float32).contiguous()
+        sinks = _sinks(call)
         out = query.new_empty((tokens, heads, self._value_dim))
         arguments = ProjectedCall(
             call.layer,
@@ -201,3 +201,8 @@ class NativeBackend(AttentionBackend):
     def _check(self, error: int) -> None:
         if error != OK:
             raise MemoryError("native attention found no memory for its intermediate results")
+
+
+def _sinks(call: AttentionCall) -> torch.Tensor | None:
+    """The sinks as the library reads them. The caller keeps the tensor alive while it does."""
+    return None if call.sinks is None else call.sinks.to(torch.float32).contiguous()
